@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+# Every target sets itself up in .venv.   PYTHON=python3.12 make test   takes another interpreter for it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo test bench lint cuda build setup clean help
+
+help:
+	@echo "make demo    train and sample on real data, write runs/demo/report.html (about 20 minutes on two cores)"
+	@echo "make test    build everything and run all tests"
+	@echo "make bench   time every op beside its peers"
+	@echo "make lint    ruff and clang-format"
+	@echo "make cuda    compile all CUDA code for sm_80 and sm_90a (needs nvcc)"
+
+demo: setup
+	$(BIN)/dalle-fast demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+cuda: setup
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DDF_CUDA=ON -DDF_CUDA_ARCHS="8.0;9.0a" \
+	  -DDF_OUTPUT_DIR=$(abspath build/cuda)
+	$(BIN)/cmake --build build/cuda
+
+# The inner loop: rebuild what changed, in place.
+build: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/inplace -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > build.log 2>&1 || (cat build.log && false)
+	@rm -f build.log
+	$(BIN)/cmake --build build/inplace
+
+setup: build
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV) || (echo "python3-venv is missing: apt-get install python3-venv" && false)
+
+$(VENV)/.installed: pyproject.toml setup.py | $(VENV)/bin/python
+	@echo "Setting up $(VENV) (PyTorch is large: some minutes the first time)"
+	$(BIN)/pip install --disable-pip-version-check -q --upgrade pip
+	$(BIN)/pip install --disable-pip-version-check -q setuptools pybind11 cmake ninja
+	DF_CUDA=OFF DF_SKIP_BUILD=1 $(BIN)/pip install --disable-pip-version-check -q --no-build-isolation -e '.[test,build,lint]'
+	@touch $@
+
+clean:
+	rm -rf build dalle_fast/_C*.so

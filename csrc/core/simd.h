@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: MIT
+// Fixed-width vectors for cpu.cpp files, on GCC/Clang vector extensions: the same source compiles for SSE2, AVX2,
+// AVX-512 and NEON. Arithmetic and comparison operators work on VecF, VecI, VecU as they are.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define DF_INLINE static inline __attribute__((always_inline))
+
+namespace dalle_fast {
+namespace DF_CPU_NAMESPACE {
+
+#if defined(__AVX512F__)
+inline constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVecBytes = 32;
+#else
+inline constexpr int kVecBytes = 16;
+#endif
+inline constexpr int kLanes = kVecBytes / 4;
+
+typedef float VecF __attribute__((vector_size(kVecBytes)));
+typedef int32_t VecI __attribute__((vector_size(kVecBytes)));
+typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
+typedef uint16_t VecH __attribute__((vector_size(kVecBytes / 2)));  // 16-bit storage, half as many bytes
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+DF_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+DF_INLINE VecF splat(float x) { return VecF{} + x; }
+DF_INLINE VecI splat_i(int32_t x) { return VecI{} + x; }
+DF_INLINE VecU splat_u(uint32_t x) { return VecU{} + x; }
+
+DF_INLINE VecI lane_index() {
+  VecI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// mask lanes are 0 or -1, as comparisons give them
+template <typename V>
+DF_INLINE V select(VecI mask, V a, V b) {
+  return mask ? a : b;
+}
+DF_INLINE VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
+DF_INLINE VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
+DF_INLINE VecF vabs(VecF a) { return bit_cast<VecF>(bit_cast<VecU>(a) & 0x7fffffffu); }
+
+// ---- 16-bit floats
+
+DF_INLINE VecF from_bf16(VecH h) { return bit_cast<VecF>(__builtin_convertvector(h, VecU) << 16); }
+
+DF_INLINE VecH to_bf16(VecF x) {  // round to nearest even; NaN stays NaN
+  const VecU u = bit_cast<VecU>(x);
+  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const VecI nan = x != x;
+  return __builtin_convertvector(nan ? splat_u(0x7fc0u) : rounded, VecH);
+}
+
+DF_INLINE VecF from_fp16(VecH h) {  // by integers: exact, subnormals, Inf and NaN included
+  const VecU u = __builtin_convertvector(h, VecU);
+  const VecU sign = (u & 0x8000u) << 16;
+  const VecU magnitude = (u & 0x7fffu) << 13;
+  const VecU special = (VecU)(magnitude >= (0x7c00u << 13)) & (112u << 23);
+  const VecF scaled = bit_cast<VecF>(magnitude + special) * splat(0x1p112f);
+  const VecU inf = magnitude + (112u << 23) + (112u << 23);
+  const VecI is_special = (VecI)(magnitude >= (0x7c00u << 13));
+  return bit_cast<VecF>((is_special ? inf : bit_cast<VecU>(scaled)) | sign);
+}
+
+DF_INLINE VecH to_fp16(VecF x) {  // round to nearest even, gradual underflow, overflow to Inf
+  const VecU u = bit_cast<VecU>(x);
+  const VecU sign = (u >> 16) & 0x8000u;
+  const VecU a = u & 0x7fffffffu;
+  const VecU normal = (a - (112u << 23) + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  // adding 0.5 aligns the last bit of a subnormal half with the last bit of a float in [0.5, 1)
+  const VecU tiny = bit_cast<VecU>(bit_cast<VecF>(a) + splat(0.5f)) - 0x3f000000u;
+  VecU r = (VecI)(a < 0x38800000u) ? tiny : normal;
+  r = (VecI)(a >= 0x47800000u) ? splat_u(0x7c00u) : r;
+  r = (VecI)(a > 0x7f800000u) ? splat_u(0x7e00u) : r;
+  return __builtin_convertvector(r | sign, VecH);
+}
+
+// ---- loads and stores: any alignment; *_n touches only the first n lanes and zero-fills the rest
+
+DF_INLINE VecF loadu(const float* p) {
+  VecF v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+DF_INLINE void storeu(float* p, VecF v) { __builtin_memcpy(p, &v, sizeof v); }
+
+DF_INLINE VecF loadu(const bf16* p) {
+  VecH h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return from_bf16(h);
+}
+DF_INLINE void storeu(bf16* p, VecF v) {
+  const VecH h = to_bf16(v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+DF_INLINE VecF loadu(const fp16* p) {
+  VecH h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return from_fp16(h);
+}
+DF_INLINE void storeu(fp16* p, VecF v) {
+  const VecH h = to_fp16(v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+DF_INLINE VecF load_n(const float* p, int n) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+#else
+  VecF v = {};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+DF_INLINE void store_n(float* p, VecF v, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), (__m512)v);
+#else
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+template <typename Half>
+DF_INLINE VecF load_n(const Half* p, int n) {
+  Half buffer[kLanes] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return loadu(buffer);
+}
+template <typename Half>
+DF_INLINE void store_n(Half* p, VecF v, int n) {
+  Half buffer[kLanes];
+  storeu(buffer, v);
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+// one element
+DF_INLINE float load1(const float* p) { return *p; }
+DF_INLINE float load1(const bf16* p) { return bit_cast<float>(static_cast<uint32_t>(p->bits) << 16); }
+DF_INLINE float load1(const fp16* p) { return load_n(p, 1)[0]; }
+DF_INLINE void store1(float* p, float x) { *p = x; }
+DF_INLINE void store1(bf16* p, float x) { p->bits = to_bf16(splat(x))[0]; }
+DF_INLINE void store1(fp16* p, float x) { p->bits = to_fp16(splat(x))[0]; }
+
+// ---- reductions over lanes, in a fixed order
+
+DF_INLINE float hsum(VecF v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float a[kLanes];
+  storeu(a, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) a[i] += a[i + width];
+  return a[0];
+#endif
+}
+DF_INLINE float hmax(VecF v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float a[kLanes];
+  storeu(a, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) a[i] = a[i] > a[i + width] ? a[i] : a[i + width];
+  return a[0];
+#endif
+}
+
+// ---- elementary functions (coefficients: Cephes, S. Moshier), about 1 ulp
+
+DF_INLINE VecF round_to_int(VecF x) {  // |x| < 2^22, ties to even
+  const VecF magic = splat(12582912.0f);
+  return (x + magic) - magic;
+}
+
+// exp(x); below -87.3 gives 0 (so that -Inf masks vanish), above 88.7 gives Inf, NaN stays NaN.
+DF_INLINE VecF exp(VecF x) {
+  const VecF clamped = vmin(vmax(x, splat(-88.0f)), splat(88.75f));
+  const VecF n = round_to_int(clamped * splat(1.44269504088896341f));
+  VecF r = clamped - n * splat(0.693359375f);
+  r = r - n * splat(-2.12194440e-4f);
+  VecF p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * (r * r) + r + splat(1.0f);
+  // 2^n in two factors: n may be 128
+  const VecI e = __builtin_convertvector(n, VecI);
+  const VecI half = e >> 1;
+  const VecF y = p * bit_cast<VecF>((half + 127) << 23) * bit_cast<VecF>((e - half + 127) << 23);
+  const VecF low = x < splat(-87.33654f) ? splat(0.0f) : y;
+  const VecF high = x > splat(88.72283f) ? splat(__builtin_inff()) : low;
+  return x != x ? x : high;
+}
+
+// log(x) for x > 0; 0 gives -Inf, negative and NaN give NaN, Inf stays Inf. Accurate near 1 (relative to the result).
+DF_INLINE VecF log(VecF x) {
+  const VecI tiny = x < splat(1.17549435e-38f);
+  const VecF scaled = tiny ? x * splat(0x1p25f) : x;
+  const VecU u = bit_cast<VecU>(scaled);
+  VecI e = bit_cast<VecI>(u >> 23) - 126 - (tiny & 25);
+  VecF m = bit_cast<VecF>((u & 0x007fffffu) | 0x3f000000u);  // [0.5, 1)
+  const VecI small = m < splat(0.707106781186547524f);
+  e = e + small;  // minus one where small
+  m = (small ? m + m : m) - splat(1.0f);
+  const VecF z = m * m;
+  VecF p = splat(7.0376836292e-2f);
+  p = p * m + splat(-1.1514610310e-1f);
+  p = p * m + splat(1.1676998740e-1f);
+  p = p * m + splat(-1.2420140846e-1f);
+  p = p * m + splat(1.4249322787e-1f);
+  p = p * m + splat(-1.6668057665e-1f);
+  p = p * m + splat(2.0000714765e-1f);
+  p = p * m + splat(-2.4999993993e-1f);
+  p = p * m + splat(3.3333331174e-1f);
+  const VecF ef = __builtin_convertvector(e, VecF);
+  VecF y = p * m * z + ef * splat(-2.12194440e-4f);
+  y = y - splat(0.5f) * z;
+  y = m + y + ef * splat(0.693359375f);
+  y = x == splat(__builtin_inff()) ? x : y;
+  y = x == splat(0.0f) ? splat(-__builtin_inff()) : y;
+  return (VecI)(x < splat(0.0f)) | (VecI)(x != x) ? splat(__builtin_nanf("")) : y;
+}
+
+}  // namespace DF_CPU_NAMESPACE
+}  // namespace dalle_fast

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: MIT
+// Table of contents of dalle_fast._C: one line per room. Private: only dalle_fast/ops/<room>/op.py calls it.
+#include <pybind11/pybind11.h>
+
+#include "core/check.h"
+#include "core/cuda_status.h"
+#include "core/dispatch.h"
+
+namespace dalle_fast {
+void bind_null(pybind11::module_&);
+}  // namespace dalle_fast
+
+PYBIND11_MODULE(_C, m) {
+  using namespace dalle_fast;
+  pybind11::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const TypeError& e) {
+      PyErr_SetString(PyExc_TypeError, e.what());
+    }
+  });
+
+  bind_null(m);
+
+  m.def("cpu_level", [] { return static_cast<int>(cpu_level()); });
+  m.def("best_cpu_level", [] { return static_cast<int>(best_cpu_level()); });
+  m.def("set_cpu_level", [](int level) { set_cpu_level(static_cast<CpuLevel>(level)); });
+#if defined(DF_WITH_CUDA)
+  m.attr("cuda_archs") = DF_CUDA_ARCHS;
+  m.def("cuda_status", &cuda_status);
+#else
+  m.attr("cuda_archs") = "";
+  m.def("cuda_status", [] { return std::string("built without CUDA"); });
+#endif
+}

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""Which back end an op runs on, and why not another."""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from dalle_fast import _C
+except ImportError as error:  # no compiler when it was installed, or a binary for another Python
+    _C = None
+    EXTENSION_ERROR: str | None = str(error)
+else:
+    EXTENSION_ERROR = None
+
+BACKENDS = ("auto", "cuda", "cpu", "reference")
+
+
+def has_room(room: str, device_type: str) -> bool:
+    """Whether the extension holds kernels of `room` for "cpu" or "cuda"."""
+    if _C is None:
+        return False
+    if device_type == "cuda":
+        return bool(_C.cuda_archs) and room in CUDA_ROOMS
+    return device_type == "cpu"
+
+
+# Rooms whose CUDA kernels exist; the others run on their references there.
+CUDA_ROOMS: set[str] = {"null", "minifloat", "adamw16"}
+
+
+def why_not(room: str, backend: str, device_type: str) -> str:
+    """One sentence that says why `backend` cannot run `room` on tensors of `device_type`."""
+    if backend != device_type:
+        return f"the tensors are on {device_type}"
+    if _C is None:
+        return f"the extension is not there ({EXTENSION_ERROR}); `dalle-fast doctor` says what to do"
+    if backend == "cuda" and not _C.cuda_archs:
+        return "the extension was built without CUDA (no nvcc was found)"
+    return f"the op {room} has no {backend} kernel"
+
+
+def choose(room: str, backend: str, tensor: torch.Tensor, *, supported: bool = True, reason: str = "") -> str:
+    """Picks "cpu", "cuda" or "reference".
+
+    Args:
+        room: name of the op.
+        backend: what the caller asked for.
+        tensor: the tensor whose device decides.
+        supported: False when the kernels cannot take this call (a dtype, say); `reason` then says why.
+        reason: why not, in the caller's words.
+
+    Raises:
+        ValueError: `backend` is not one of BACKENDS.
+        RuntimeError: an explicit choice cannot run; the message says why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "reference":
+        return "reference"
+    device_type = tensor.device.type
+    if device_type == "meta":  # shapes only: the registered op answers without memory
+        device_type = "cpu"
+    runs = supported and has_room(room, device_type)
+    if backend == "auto":
+        return device_type if runs else "reference"
+    if runs and backend == device_type:
+        return backend
+    cause = reason if not supported else why_not(room, backend, device_type)
+    raise RuntimeError(f'backend="{backend}" cannot run {room}: {cause}')
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """The current CUDA stream of the tensor's device as an integer; 0 on CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
