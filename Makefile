@@ -5,23 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test bench lint cuda build setup clean help
+.PHONY: test lint cuda build setup clean help
 
 help:
-	@echo "make demo    train and sample on real data, write runs/demo/report.html (about 20 minutes on two cores)"
 	@echo "make test    build everything and run all tests"
-	@echo "make bench   time every op beside its peers"
 	@echo "make lint    ruff and clang-format"
 	@echo "make cuda    compile all CUDA code for sm_80 and sm_90a (needs nvcc)"
 
-demo: setup
-	$(BIN)/dalle-fast demo $(ARGS)
-
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
-
-bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

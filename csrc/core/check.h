@@ -62,7 +62,7 @@ inline void require_contiguous(const TensorRef& t, const char* name) {
 
 // Kernels read rows with vector loads: the last dimension has to be dense.
 inline void require_dense_rows(const TensorRef& t, const char* name) {
-  if (t.rank > 0 && t.shape[t.rank - 1] > 1 && t.stride[t.rank - 1] != 1)
+  if (t.numel() > 0 && t.rank > 0 && t.shape[t.rank - 1] > 1 && t.stride[t.rank - 1] != 1)
     throw std::invalid_argument(std::string(name) + ": expected stride 1 in the last dimension, got strides " +
                                 to_string(t.stride, t.rank));
 }

@@ -10,10 +10,10 @@
 #define DF_CUDA_CHECK(call) ::dalle_fast::check_cuda((call), #call, __FILE__, __LINE__)
 
 // Launches and reports a bad configuration at once; errors inside the kernel surface at the next synchronisation.
-#define DF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                      \
-  do {                                                                                                 \
-    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);       \
-    ::dalle_fast::check_cuda(cudaGetLastError(), "launch of " #kernel, __FILE__, __LINE__);            \
+#define DF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                \
+  do {                                                                                           \
+    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
+    ::dalle_fast::check_cuda(cudaGetLastError(), "launch of " #kernel, __FILE__, __LINE__);      \
   } while (0)
 
 namespace dalle_fast {

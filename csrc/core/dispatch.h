@@ -6,40 +6,35 @@ namespace dalle_fast {
 
 enum class CpuLevel : int { kPortable = 0, kV3 = 3, kV4 = 4 };
 
-CpuLevel best_cpu_level();        // what this processor and this build both have
-CpuLevel cpu_level();             // what is in use
+CpuLevel best_cpu_level();           // what this processor and this build both have
+CpuLevel cpu_level();                // what is in use
 void set_cpu_level(CpuLevel level);  // for tests; clamps to best_cpu_level()
 
 }  // namespace dalle_fast
 
 // Declares portable::fn, v3::fn, v4::fn, which cpu.cpp defines as DF_CPU_NAMESPACE::fn, and fn_cpu, which picks.
 #if defined(DF_HAVE_X86_LEVELS)
-#define DF_CPU_LAUNCHER(fn, Params)              \
-  namespace portable {                           \
-  void fn(const Params&);                        \
-  }                                              \
-  namespace v3 {                                 \
-  void fn(const Params&);                        \
-  }                                              \
-  namespace v4 {                                 \
-  void fn(const Params&);                        \
-  }                                              \
-  inline void fn##_cpu(const Params& params) {   \
-    switch (::dalle_fast::cpu_level()) {         \
-      case ::dalle_fast::CpuLevel::kV4:          \
-        return v4::fn(params);                   \
-      case ::dalle_fast::CpuLevel::kV3:          \
-        return v3::fn(params);                   \
-      case ::dalle_fast::CpuLevel::kPortable:    \
-        return portable::fn(params);             \
-    }                                            \
+#define DF_CPU_LAUNCHER(fn, Params)                                        \
+  namespace portable {                                                     \
+  void fn(const Params&);                                                  \
+  }                                                                        \
+  namespace v3 {                                                           \
+  void fn(const Params&);                                                  \
+  }                                                                        \
+  namespace v4 {                                                           \
+  void fn(const Params&);                                                  \
+  }                                                                        \
+  inline void fn##_cpu(const Params& params) {                             \
+    switch (::dalle_fast::cpu_level()) {                                   \
+      case ::dalle_fast::CpuLevel::kV4: return v4::fn(params);             \
+      case ::dalle_fast::CpuLevel::kV3: return v3::fn(params);             \
+      case ::dalle_fast::CpuLevel::kPortable: return portable::fn(params); \
+    }                                                                      \
   }
 #else
-#define DF_CPU_LAUNCHER(fn, Params)            \
-  namespace portable {                         \
-  void fn(const Params&);                      \
-  }                                            \
-  inline void fn##_cpu(const Params& params) { \
-    portable::fn(params);                      \
-  }
+#define DF_CPU_LAUNCHER(fn, Params) \
+  namespace portable {              \
+  void fn(const Params&);           \
+  }                                 \
+  inline void fn##_cpu(const Params& params) { portable::fn(params); }
 #endif

@@ -26,8 +26,9 @@ void bind_null(pybind11::module_& m) {
     params.dtype = input.dtype;
     params.device = input.device;
     (void)stream;
-    run_on(params.device, [&] { null::copy_cpu(params); },
-           DF_CUDA_LAUNCH(null::copy_cuda(params, reinterpret_cast<void*>(stream))));
+    run_on(
+        params.device, [&] { null::copy_cpu(params); },
+        DF_CUDA_LAUNCH(null::copy_cuda(params, reinterpret_cast<void*>(stream))));
   });
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// CUDA twin of the template room: one block per row (grid-stride over rows), threads along the row. Bits are copied, so the kernel is
-// instantiated per element size, not per dtype. Floor: one read and one write of the tensor.
+// CUDA twin of the template room: one block per row (grid-stride over rows), threads along the row. Bits are copied, so
+// the kernel is instantiated per element size, not per dtype. Floor: one read and one write of the tensor.
 #include "null.h"
 
 #include "../core/device.cuh"
