@@ -154,7 +154,7 @@ def test_null_public_errors():
         null([1.0])
     with pytest.raises(ValueError, match=r"^x: expected shape \[N, M\], got \[6\]"):
         null(X.reshape(6))
-    with pytest.raises(RuntimeError, match="dtype torch.float64 has no kernel"):
+    with pytest.raises(RuntimeError, match=r"dtype torch\.float64 has no kernel"):
         null(X.double(), backend="cpu")
     assert null(X.double()).dtype == torch.float64  # auto falls back
 
