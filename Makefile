@@ -41,7 +41,7 @@ $(VENV)/bin/python:
 $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/bin/python
 	@echo "Setting up $(VENV) (PyTorch is large: some minutes the first time)"
 	$(BIN)/pip install --disable-pip-version-check -q --upgrade pip
-	$(BIN)/pip install --disable-pip-version-check -q setuptools pybind11 cmake ninja
+	$(BIN)/pip install --disable-pip-version-check -q 'setuptools>=77' 'pybind11>=3.0' cmake ninja
 	DF_CUDA=OFF DF_SKIP_BUILD=1 $(BIN)/pip install --disable-pip-version-check -q --no-build-isolation -e '.[test,build,lint]'
 	@touch $@
 
