@@ -7,6 +7,7 @@
 #include "core/dispatch.h"
 
 namespace dalle_fast {
+void bind_linear_cross_entropy(pybind11::module_&);
 void bind_null(pybind11::module_&);
 }  // namespace dalle_fast
 
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
     }
   });
 
+  bind_linear_cross_entropy(m);
   bind_null(m);
 
   m.def("cpu_level", [] { return static_cast<int>(cpu_level()); });

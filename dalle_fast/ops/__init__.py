@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from .linear_cross_entropy import linear_cross_entropy
 from .null import null
 
 __all__ = [
+    "linear_cross_entropy",
     "null",
 ]

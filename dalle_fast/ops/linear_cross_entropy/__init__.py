@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT
+"""The last linear layer and its cross-entropy as one op that never keeps the logits."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _backend
+from . import op
+from .reference import linear_cross_entropy_reference
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Mean cross-entropy of `x @ weight.T + bias` against `target` (paper section 2.2).
+
+    The logits exist for one chunk of rows at a time and become their own gradient in place; the gradients of `x`,
+    `weight` and `bias` that somebody requires are made along with the loss, so the backward pass only scales them.
+
+    Under torch.autocast the matrix products run in the autocast dtype and the loss in float32, as with F.linear and
+    F.cross_entropy; the weight gradient of float32 weights is summed over chunks in float32. float16 products run in
+    float32. First derivatives only: backend="reference" has further ones.
+
+    Args:
+        x: [N, d], float32, bfloat16 or float16, any strides; float64 runs on the reference.
+        weight: [V, d], the dtype of `x` unless autocast is on.
+        target: [N] int64, in [0, V) or `ignore_index`.
+        bias: [V] or None, the dtype of `weight`.
+        ignore_index: rows with this target add nothing to the loss and get zero gradients.
+        chunk_rows: rows whose logits exist at a time; None takes as many as make at most 2^25 logits, and at least
+            1024. Memory for logits is chunk_rows * V elements.
+        backend: "auto", "cuda", "cpu" or "reference".
+
+    Returns:
+        The mean over the targets that are not ignored, a scalar in float32 (float64 for float64 inputs). NaN when no
+        target counts, as in torch; the gradients are then zero.
+
+    Raises:
+        TypeError: a tensor is missing or has the wrong dtype.
+        ValueError: shapes do not fit together, `chunk_rows` is not positive, or `backend` is unknown.
+        IndexError: a target is neither in [0, V) nor `ignore_index`.
+        RuntimeError: an explicit `backend` cannot run.
+
+    Example:
+        >>> linear_cross_entropy(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([0, 7]))
+        tensor(2.0794)
+    """
+    _check(x, weight, target, bias)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+    device_type = x.device.type
+    autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+    if not autocast:
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise TypeError(f"{name}: expected the dtype of x ({x.dtype}), got {tensor.dtype}")
+    # autocast leaves float64 alone
+    compute = torch.get_autocast_dtype(device_type) if autocast and x.dtype != torch.float64 else x.dtype
+
+    supported = all(t is None or t.dtype in op.DTYPES for t in (x, weight, bias))
+    chosen = _backend.choose(
+        "linear_cross_entropy", backend, x, supported=supported, reason=f"dtype {x.dtype} has no kernel"
+    )
+    if chosen == "reference":
+        return linear_cross_entropy_reference(x, weight, target, bias, ignore_index=ignore_index)
+    needs = 0
+    if torch.is_grad_enabled():
+        needs = (
+            op.NEEDS_X * x.requires_grad
+            + op.NEEDS_WEIGHT * weight.requires_grad
+            + op.NEEDS_BIAS * (bias is not None and bias.requires_grad)
+        )
+    return op.linear_cross_entropy(x, weight, target, bias, ignore_index, compute, needs, chunk_rows or 0)[0]
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: expected a floating torch.Tensor, got {got}")
+    if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
+        got = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
+        raise TypeError(f"target: expected an int64 torch.Tensor, got {got}")
+    if x.dim() != 2:
+        raise ValueError(f"x: expected shape [N, d], got {list(x.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight: expected shape [V, {x.shape[1]}] for x of {list(x.shape)}, got {list(weight.shape)}")
+    if target.shape != x.shape[:1]:
+        raise ValueError(f"target: expected shape [{x.shape[0]}] for x of {list(x.shape)}, got {list(target.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias: expected shape [{weight.shape[0]}] for weight of {list(weight.shape)}, got {list(bias.shape)}"
+        )
+    for name, tensor in (("weight", weight), ("target", target), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected the device of x ({x.device}), got {tensor.device}")

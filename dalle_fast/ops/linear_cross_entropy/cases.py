@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""Calls of linear_cross_entropy for the generic tests and benchmarks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .._cases import Arguments, Case, Room, randn
+from . import linear_cross_entropy
+from .reference import linear_cross_entropy_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _case(
+    name: str,
+    num_rows: int,
+    width: int,
+    num_codes: int,
+    *,
+    bias: bool = True,
+    ignored: int = 0,
+    chunk: int | None = None,
+) -> Case:
+    def build(generator: torch.Generator, dtype: torch.dtype) -> Arguments:
+        x = randn(generator, num_rows, width, dtype=dtype)
+        weight = randn(generator, num_codes, width, dtype=dtype)
+        target = torch.randint(num_codes, (num_rows,), generator=generator)
+        target[:ignored] = -100
+        b = randn(generator, num_codes, dtype=dtype) if bias else None
+        return (x, weight, target, b), {"chunk_rows": chunk}
+
+    return Case(name, build, DTYPES)
+
+
+def _reference(*args: torch.Tensor | None, chunk_rows: int | None = None) -> torch.Tensor:
+    return linear_cross_entropy_reference(*args)  # chunks change memory, not values
+
+
+def _peer(*args: torch.Tensor | None, chunk_rows: int | None = None) -> torch.Tensor:
+    x, weight, target, bias = args
+    return F.cross_entropy(F.linear(x, weight, bias), target)
+
+
+ROOM = Room(
+    name="linear_cross_entropy",
+    function=linear_cross_entropy,
+    reference=_reference,
+    cases=(
+        _case("odd", 5, 7, 11),
+        _case("no_bias", 9, 8, 33, bias=False),
+        _case("ignored", 12, 6, 17, ignored=5),
+        _case("chunks", 37, 16, 70, chunk=8),
+        _case("one", 1, 1, 1),
+        _case("wide", 20, 24, 300, bias=False),
+    ),
+    # float32: sums of a few hundred products. 16-bit: the logits (|x| to about 15) are rounded to bfloat16 once, 2^-9
+    # relative, and so are the gradients; float16 inputs are computed in float32 and round at the end.
+    tolerance={torch.float32: (2e-5, 2e-5), torch.bfloat16: (1e-2, 3e-2), torch.float16: (2e-3, 2e-3)},
+    grad_tolerance={torch.float32: (2e-5, 2e-5), torch.bfloat16: (4e-2, 3e-2), torch.float16: (4e-3, 2e-3)},
+    benchmarks=(_case("1024x512x8192", 1024, 512, 8192, bias=False), _case("4096x256x256", 4096, 256, 256, bias=False)),
+    peers={"F.cross_entropy(F.linear)": _peer},
+)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""torch's view of linear_cross_entropy: schema, chunking, matrix products, autograd.
+
+Per chunk of rows: logits by one GEMM into a buffer that all chunks share, one kernel that turns them into dlogits in
+place, and a GEMM for each gradient that is wanted. So the gradients are ready when the loss is, the logits are never
+kept, and the backward pass only multiplies by dloss.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._backend import _C, stream_of
+from .._register import register_op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+NEEDS_X, NEEDS_WEIGHT, NEEDS_BIAS = 1, 2, 4
+
+# Rows of a chunk: enough that adding to the [V, d] weight gradient once per chunk costs little beside its GEMM, few
+# enough that the logits stay bounded (32 Mi of them: 128 MiB in float32).
+_MIN_ROWS, _MAX_LOGITS = 1024, 1 << 25
+
+
+def default_chunk_rows(num_rows: int, num_codes: int) -> int:
+    """Rows per chunk such that a chunk holds at most 2^25 logits, but at least 1024 rows."""
+    return max(1, min(num_rows, max(_MIN_ROWS, _MAX_LOGITS // max(num_codes, 1))))
+
+
+def _gemm_dtype(compute: torch.dtype) -> torch.dtype:
+    # float16 products run at a fortieth of float32's speed on CPU, and dlogits / N would underflow in it
+    return torch.float32 if compute == torch.float16 else compute
+
+
+def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient waits in until it is multiplied by dloss."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _implementation(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    ignore_index: int,
+    compute: torch.dtype,
+    needs: int,
+    chunk_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if torch.is_autocast_enabled(x.device.type):  # the products below are in `compute` already
+        with torch.autocast(x.device.type, enabled=False):
+            return _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows)
+    return _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows)
+
+
+def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
+    num_rows, num_codes = x.shape[0], weight.shape[0]
+    count = _count_targets(target, num_codes, ignore_index)
+    scale = 1.0 / count if count else 0.0  # no target counts: zero gradients, and the loss is 0 / 0 as in torch
+
+    dtype = _gemm_dtype(compute)
+    loss, dx, dweight, dbias = _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows)
+    for grad in (dweight, dbias):
+        if num_rows == 0:
+            grad.zero_()
+    gemm_x, gemm_weight = x.to(dtype), weight.to(dtype)
+    gemm_bias = None if bias is None else bias.to(dtype)
+    chunk_rows = chunk_rows or default_chunk_rows(num_rows, num_codes)
+    logits_buffer = gemm_x.new_empty(min(chunk_rows, num_rows), num_codes)
+    row_loss = x.new_empty(num_rows, dtype=torch.float32)
+    loss_sum = x.new_zeros(1, dtype=torch.float64)
+    bias_sum = x.new_zeros(num_codes, dtype=torch.float32) if needs & NEEDS_BIAS else None
+    # bfloat16 partial products of several chunks meet in float32
+    one_chunk = num_rows <= chunk_rows
+    weight_sum = dweight if dweight.dtype == dtype == torch.float32 or one_chunk else None
+
+    for begin in range(0, num_rows, chunk_rows):
+        rows = slice(begin, min(begin + chunk_rows, num_rows))
+        logits = logits_buffer[: rows.stop - begin]
+        if gemm_bias is None:
+            torch.mm(gemm_x[rows], gemm_weight.t(), out=logits)
+        else:
+            torch.addmm(gemm_bias, gemm_x[rows], gemm_weight.t(), out=logits)
+        _C.linear_cross_entropy_loss_and_grad(
+            loss_sum, row_loss[rows], logits, bias_sum, target[rows], ignore_index, scale, needs != 0, stream_of(x)
+        )
+        if needs & NEEDS_X:
+            torch.mm(logits, gemm_weight, out=dx[rows])
+        if needs & NEEDS_WEIGHT:
+            if weight_sum is dweight and dweight.dtype == dtype:
+                if begin == 0:
+                    torch.mm(logits.t(), gemm_x[rows], out=dweight)
+                else:
+                    dweight.addmm_(logits.t(), gemm_x[rows])
+            else:
+                part = torch.mm(logits.t(), gemm_x[rows])
+                weight_sum = part.float() if begin == 0 else weight_sum.add_(part)
+    if num_rows and needs & NEEDS_WEIGHT and weight_sum is not dweight:
+        dweight.copy_(weight_sum)
+    if bias_sum is not None:
+        dbias.copy_(bias_sum)
+    loss.copy_(loss_sum[0] / count)
+    return loss, dx, dweight, dbias
+
+
+def _count_targets(target: torch.Tensor, num_codes: int, ignore_index: int) -> int:
+    """How many targets count. Raises IndexError for one that is out of range."""
+    stats = torch.empty(2, dtype=torch.int64, device=target.device)
+    _C.linear_cross_entropy_check(stats, target, num_codes, ignore_index, stream_of(target))
+    count, bad = stats.tolist()
+    if bad >= 0:
+        raise IndexError(
+            f"target: expected values in [0, {num_codes}) or ignore_index={ignore_index}, "
+            f"got {int(target[bad])} in row {bad}"
+        )
+    return count
+
+
+def _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
+    dx = x.new_empty(x.shape if needs & NEEDS_X else (0,), dtype=_gemm_dtype(compute))
+    dweight = weight.new_empty(weight.shape if needs & NEEDS_WEIGHT else (0,), dtype=_grad_dtype(weight.dtype))
+    bias_dtype = torch.float32 if bias is None else _grad_dtype(bias.dtype)
+    dbias = x.new_empty((weight.shape[0],) if needs & NEEDS_BIAS else (0,), dtype=bias_dtype)
+    return x.new_empty((), dtype=torch.float32), dx, dweight, dbias
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _, bias, _, _, ctx.needs, _ = inputs
+    ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+    _, dx, dweight, dbias = output
+    ctx.mark_non_differentiable(dx, dweight, dbias)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dx, dweight, dbias)
+
+
+def _backward(ctx, dloss, *_):
+    grads = [None, None, None]
+    if dloss is not None:
+        for i, (grad, dtype, flag) in enumerate(
+            zip(ctx.saved_tensors, ctx.dtypes, (NEEDS_X, NEEDS_WEIGHT, NEEDS_BIAS))
+        ):
+            if ctx.needs & flag:
+                grads[i] = linear_cross_entropy_backward(grad, dloss, dtype)
+    dx, dweight, dbias = grads
+    return dx, dweight, None, dbias, None, None, None, None
+
+
+def _scale(grad: torch.Tensor, dloss: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.mul(grad, dloss, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _scale_fake(grad, dloss, dtype):
+    return torch.empty_like(grad, dtype=dtype)
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError('linear_cross_entropy has no second derivative; backend="reference" (plain torch) has one')
+
+
+linear_cross_entropy_backward = register_op(
+    "linear_cross_entropy_backward",
+    "(Tensor grad, Tensor dloss, ScalarType dtype) -> Tensor",
+    _scale,
+    _scale_fake,
+    setup_context=lambda ctx, inputs, output: None,
+    backward=_no_second_derivative,
+)
+linear_cross_entropy = register_op(
+    "linear_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor target, Tensor? bias, int ignore_index, ScalarType compute, int needs, "
+    "SymInt chunk_rows) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
+    _implementation,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
