@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from .linear_cross_entropy import linear_cross_entropy
 from .null import null
+from .pattern import AttentionPattern
 
 __all__ = [
+    "AttentionPattern",
     "linear_cross_entropy",
     "null",
 ]
