@@ -7,8 +7,11 @@
 #include "core/dispatch.h"
 
 namespace dalle_fast {
+void bind_decode_attention(pybind11::module_&);
+void bind_gumbel_softmax(pybind11::module_&);
 void bind_linear_cross_entropy(pybind11::module_&);
 void bind_null(pybind11::module_&);
+void bind_sparse_attention(pybind11::module_&);
 }  // namespace dalle_fast
 
 PYBIND11_MODULE(_C, m) {
@@ -21,8 +24,11 @@ PYBIND11_MODULE(_C, m) {
     }
   });
 
+  bind_decode_attention(m);
+  bind_gumbel_softmax(m);
   bind_linear_cross_entropy(m);
   bind_null(m);
+  bind_sparse_attention(m);
 
   m.def("cpu_level", [] { return static_cast<int>(cpu_level()); });
   m.def("best_cpu_level", [] { return static_cast<int>(best_cpu_level()); });

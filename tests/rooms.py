@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import zlib
 from collections.abc import Callable
@@ -131,6 +130,10 @@ def strided_variants() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     }
 
 
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
 class RecordOps(TorchDispatchMode):
     """Collects the calls of registered ops, with copies of their arguments as they were before the call."""
 
@@ -141,5 +144,5 @@ class RecordOps(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if op.namespace == "dalle_fast":
-            self.calls.append((op, *copy.deepcopy((args, kwargs))))
+            self.calls.append((op, *map_tensors(_leaf, (args, kwargs))))
         return op(*args, **kwargs)

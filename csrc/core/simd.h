@@ -218,16 +218,8 @@ DF_INLINE VecF exp(VecF x) {
   return x != x ? x : high;
 }
 
-// log(x) for x > 0; 0 gives -Inf, negative and NaN give NaN, Inf stays Inf. Accurate near 1 (relative to the result).
-DF_INLINE VecF log(VecF x) {
-  const VecI tiny = x < splat(1.17549435e-38f);
-  const VecF scaled = tiny ? x * splat(0x1p25f) : x;
-  const VecU u = bit_cast<VecU>(scaled);
-  VecI e = bit_cast<VecI>(u >> 23) - 126 - (tiny & 25);
-  VecF m = bit_cast<VecF>((u & 0x007fffffu) | 0x3f000000u);  // [0.5, 1)
-  const VecI small = m < splat(0.707106781186547524f);
-  e = e + small;  // minus one where small
-  m = (small ? m + m : m) - splat(1.0f);
+// ln((1 + m) * 2^ef) for m in [sqrt(1/2) - 1, sqrt(2) - 1]
+DF_INLINE VecF log_reduced(VecF m, VecF ef) {
   const VecF z = m * m;
   VecF p = splat(7.0376836292e-2f);
   p = p * m + splat(-1.1514610310e-1f);
@@ -238,10 +230,22 @@ DF_INLINE VecF log(VecF x) {
   p = p * m + splat(2.0000714765e-1f);
   p = p * m + splat(-2.4999993993e-1f);
   p = p * m + splat(3.3333331174e-1f);
-  const VecF ef = __builtin_convertvector(e, VecF);
   VecF y = p * m * z + ef * splat(-2.12194440e-4f);
   y = y - splat(0.5f) * z;
-  y = m + y + ef * splat(0.693359375f);
+  return m + y + ef * splat(0.693359375f);
+}
+
+// log(x) for x > 0; 0 gives -Inf, negative and NaN give NaN, Inf stays Inf. Accurate near 1 (relative to the result).
+DF_INLINE VecF log(VecF x) {
+  const VecI tiny = x < splat(1.17549435e-38f);
+  const VecF scaled = tiny ? x * splat(0x1p25f) : x;
+  const VecU u = bit_cast<VecU>(scaled);
+  VecI e = bit_cast<VecI>(u >> 23) - 126 - (tiny & 25);
+  VecF m = bit_cast<VecF>((u & 0x007fffffu) | 0x3f000000u);  // [0.5, 1)
+  const VecI small = m < splat(0.707106781186547524f);
+  e = e + small;  // minus one where small
+  m = (small ? m + m : m) - splat(1.0f);
+  VecF y = log_reduced(m, __builtin_convertvector(e, VecF));
   y = x == splat(__builtin_inff()) ? x : y;
   y = x == splat(0.0f) ? splat(-__builtin_inff()) : y;
   return (VecI)(x < splat(0.0f)) | (VecI)(x != x) ? splat(__builtin_nanf("")) : y;

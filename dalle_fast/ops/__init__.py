@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+from .decode_attention import decode_attention
+from .gumbel_softmax import gumbel_softmax
 from .linear_cross_entropy import linear_cross_entropy
 from .null import null
 from .pattern import AttentionPattern
+from .sparse_attention import sparse_attention
 
 __all__ = [
     "AttentionPattern",
+    "decode_attention",
+    "gumbel_softmax",
     "linear_cross_entropy",
     "null",
+    "sparse_attention",
 ]

@@ -82,6 +82,11 @@ class AttentionPattern:
             return min(self.kernel // 2 * (width + 1) + 1, height * width)
         return height * width
 
+    def integers(self) -> tuple[int, ...]:
+        """What kernels read: kind, text_len, height, width, extent, kernel, wraparound."""
+        extent = self.extent if self.extent is not None else 1
+        return KINDS.index(self.kind), self.text_len, *self.grid, extent, self.kernel, int(self.wraparound)
+
     def mask(self, length: int | None = None) -> torch.Tensor:
         """Bool [L, L], True where query (row) may attend to key (column); `length` takes the first L tokens.
 

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: MIT
+// Gumbel-softmax over [outer, V, inner], contiguous; row r = outer index * inner + inner index. With inner = 1 the codes
+// are dense, otherwise neighbouring rows are. Noise: key = seed, counter = (c / 4, row_offset + r, offset), word c % 4.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/dispatch.h"
+#include "../core/tensor.h"
+
+namespace dalle_fast::gumbel_softmax {
+
+struct Params {
+  void* y;             // soft: [outer, V, inner], the dtype of logits
+  int64_t* index;      // hard: [outer * inner]
+  const void* logits;  // [outer, V, inner]
+  int64_t outer;
+  int64_t num_codes;
+  int64_t inner;
+  float inverse_tau;
+  uint64_t seed;
+  uint64_t offset;
+  uint32_t row_offset;
+  DType dtype;
+};
+
+struct BackwardParams {
+  void* dlogits;
+  const void* y;
+  const void* dy;
+  int64_t outer;
+  int64_t num_codes;
+  int64_t inner;
+  float inverse_tau;
+  DType dtype;
+};
+
+DF_CPU_LAUNCHER(forward, Params)
+DF_CPU_LAUNCHER(argmax, Params)
+DF_CPU_LAUNCHER(backward, BackwardParams)
+
+}  // namespace dalle_fast::gumbel_softmax

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""Calls of decode_attention for the generic tests and benchmarks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .._cases import Arguments, Case, Room, randn
+from ..pattern import AttentionPattern
+from . import decode_attention
+from .reference import decode_attention_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _case(
+    name: str,
+    pattern: AttentionPattern,
+    position: int,
+    *,
+    batch: int = 4,
+    text_batch: int = 2,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    dim: int = 8,
+    spare: int = 0,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> Case:
+    kv = kv_heads or heads
+
+    def build(generator: torch.Generator, dtype: torch.dtype) -> Arguments:
+        def draw(*shape: int) -> torch.Tensor:
+            return randn(generator, *shape, dtype=dtype, requires_grad=False)
+
+        slots = pattern.image_cache_len + spare
+        text = [draw(text_batch, kv, pattern.text_len, dim) for _ in range(2)]
+        image = [draw(batch, kv, slots, dim) for _ in range(2)]
+        new = (draw(batch, heads, dim), draw(batch, kv, dim), draw(batch, kv, dim))
+        return (*new, *text, *image, pattern, position), {}
+
+    return Case(name, build, dtypes)
+
+
+@lru_cache(maxsize=8)
+def _slots(pattern: AttentionPattern, position: int, ring: int) -> torch.Tensor:
+    return pattern.mask()[position][pattern.text_len :].nonzero().flatten() % ring
+
+
+def _peer(q, k, v, text_k, text_v, image_k, image_v, pattern: AttentionPattern, position: int) -> Any:
+    """Gather and scaled_dot_product_attention, the slots of the pattern being known."""
+    raster, ring = position - pattern.text_len, image_k.shape[2]
+    image_k[:, :, raster % ring], image_v[:, :, raster % ring] = k, v
+    slots = _slots(pattern, position, ring)  # made once, outside of what is timed
+    share = q.shape[0] // text_k.shape[0]
+    keys = torch.cat((text_k.repeat_interleave(share, 0), image_k[:, :, slots]), 2)
+    values = torch.cat((text_v.repeat_interleave(share, 0), image_v[:, :, slots]), 2)
+    return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values).squeeze(2)
+
+
+def _paper(kind: str) -> Case:
+    pattern = AttentionPattern(kind, text_len=256, grid=(32, 32))
+    return _case(f"{kind} 256+32x32 x16", pattern, 256 + 700, batch=16, text_batch=1, heads=8, dim=64,
+                 dtypes=(torch.float32, torch.bfloat16))  # fmt: skip
+
+
+ROOM = Room(
+    name="decode_attention",
+    function=decode_attention,
+    reference=decode_attention_reference,
+    cases=(
+        _case("row", AttentionPattern("row", 3, (3, 4)), 3 + 9),
+        _case("row_start", AttentionPattern("row", 3, (3, 4)), 3),
+        _case("column", AttentionPattern("column", 5, (4, 3)), 5 + 8, heads=4, kv_heads=2, dim=20),
+        _case("conv", AttentionPattern("conv", 2, (5, 4), kernel=3), 2 + 14, spare=3),
+        _case("conv_rows", AttentionPattern("conv", 2, (5, 4), kernel=3, wraparound=False), 2 + 12),
+        _case("dense", AttentionPattern("dense", 4, (3, 3)), 4 + 8, text_batch=1, dim=3),
+        _case("text", AttentionPattern("row", 6, (2, 2)), 4, text_batch=4),
+        _case("no_text", AttentionPattern("row", 0, (4, 4)), 11),
+        _case("one", AttentionPattern("dense", 1, (1, 1)), 1, batch=1, text_batch=1, heads=1, dim=1),
+        _case("empty", AttentionPattern("row", 3, (2, 2)), 4, batch=0, text_batch=1),
+        _case("many", AttentionPattern("row", 40, (8, 8)), 40 + 60, batch=8, text_batch=1, heads=4, dim=64),
+    ),
+    # float32: sums over a few hundred keys; 16-bit: the output is rounded once
+    tolerance={torch.float32: (2e-5, 5e-6), torch.bfloat16: (1e-2, 4e-3), torch.float16: (2e-3, 5e-4)},
+    differentiable=False,
+    benchmarks=(_paper("row"), _paper("column"), _paper("conv"), _paper("dense")),
+    peers={"gather + F.scaled_dot_product_attention": _peer},
+)

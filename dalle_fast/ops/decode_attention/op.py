@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""torch's view of decode_attention: schema with mutated caches, allocation. No autograd."""
+
+from __future__ import annotations
+
+import torch
+
+from .._backend import _C, stream_of
+from .._register import register_op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _rows_dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _forward(q, k, v, text_k, text_v, image_k, image_v, scale, position, *pattern):
+    q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
+    caches = (text_k, text_v, image_k, image_v)
+    dense = [_rows_dense(cache) for cache in caches]
+    out = q.new_empty(q.shape)
+    _C.decode_attention_forward(out, q, k, v, *dense, scale, pattern, position, stream_of(q))
+    for cache, copy in zip(caches, dense, strict=True):
+        if copy is not cache:  # the token was written into a copy
+            cache.copy_(copy)
+    return out
+
+
+def _forward_fake(q, k, v, text_k, text_v, image_k, image_v, scale, position, *pattern):
+    return q.new_empty(q.shape)
+
+
+decode_attention = register_op(
+    "decode_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) text_k, Tensor(b!) text_v, Tensor(c!) image_k, Tensor(d!) image_v, "
+    "float scale, SymInt position, int kind, int text_len, int height, int width, int extent, int kernel, "
+    "int wraparound) -> Tensor",
+    _forward,
+    _forward_fake,
+)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""Gumbel-softmax with noise that is a function of (seed, offset, row, code): nothing random is stored."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import _backend
+from . import op
+from .reference import gumbel_softmax_reference
+
+_MAX_ROWS = 2**32
+
+
+def gumbel_softmax(
+    logits: torch.Tensor,
+    tau: float,
+    dim: int = 1,
+    seed: int = 0,
+    offset: int = 0,
+    hard: bool = False,
+    *,
+    row_offset: int = 0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Draws a relaxed, or a hard, sample from categoricals (paper section 2.1).
+
+    Soft: y = softmax((logits + g) / tau) over `dim`, g = -ln(-ln u), without straight-through. Hard: the index
+    argmax(logits + g), a sample from softmax(logits); ties go to the lower index.
+
+    Row r (row-major over all other dimensions) and code c take their noise from Philox4x32-10 with key = seed and
+    counter = (c // 4, row_offset + r, offset low, offset high), word c % 4, and u = (word >> 8 + 0.5) * 2^-24. So the
+    same call gives the same noise on any back end (the words are equal bit for bit, g agrees to a few units in the
+    last place), at any number of threads, and a shard of a batch draws what the whole batch would, by `row_offset`.
+    One call uses one offset: pass the training step, or the position. Different offsets are independent.
+
+    The arithmetic is float32 for bfloat16 and float16 logits. The gradient needs neither the noise nor the logits:
+    dlogits = y * (dy - sum(dy * y)) / tau, from the output alone. NaN and Inf in the logits act as in torch.softmax
+    and torch.argmax.
+
+    Args:
+        logits: [..., V, ...], float32, bfloat16 or float16, any strides; float64 runs on the reference. Fastest when
+            contiguous (dim=1 of [B, V, H, W]) or with `dim` innermost in memory (channels_last).
+        tau: temperature > 0. Hard samples do not depend on it.
+        dim: the dimension of the V codes.
+        seed: 64 bits, signed or unsigned.
+        offset: 64 bits, signed or unsigned.
+        hard: return indices in place of probabilities.
+        row_offset: number of the first row, >= 0; row_offset + rows may not pass 2^32.
+        backend: "auto", "cuda", "cpu" or "reference".
+
+    Returns:
+        Soft: the shape and dtype of `logits`, differentiable. Hard: int64 indices, `dim` removed.
+
+    Raises:
+        TypeError: `logits` is not a floating tensor.
+        ValueError: `tau`, `dim`, `seed`, `offset` or `row_offset` is out of range, hard samples are asked of zero
+            codes, or `backend` is unknown.
+        RuntimeError: an explicit `backend` cannot run.
+
+    Example:
+        >>> gumbel_softmax(torch.zeros(1, 3, 2), tau=1.0, seed=1).sum(1)
+        tensor([[1., 1.]])
+    """
+    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+        got = logits.dtype if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise TypeError(f"logits: expected a floating torch.Tensor, got {got}")
+    if logits.dim() == 0:
+        raise ValueError("logits: expected at least one dimension, got a scalar")
+    if not -logits.dim() <= dim < logits.dim():
+        raise ValueError(f"dim: expected {-logits.dim()}..{logits.dim() - 1} for shape {list(logits.shape)}, got {dim}")
+    if not (tau > 0 and tau < math.inf):
+        raise ValueError(f"tau: expected a finite temperature > 0, got {tau}")
+    dim = dim % logits.dim()
+    num_codes = logits.shape[dim]
+    if hard and num_codes == 0:
+        raise ValueError(f"logits: expected at least one code in dim {dim}, got shape {list(logits.shape)}")
+    num_rows = logits.numel() // num_codes if num_codes else 0
+    if row_offset < 0 or row_offset + num_rows > _MAX_ROWS:
+        raise ValueError(f"row_offset: expected 0..2^32 - {num_rows} (the rows of logits), got {row_offset}")
+    seed, offset = _signed64("seed", seed), _signed64("offset", offset)
+
+    supported = logits.dtype in op.DTYPES
+    chosen = _backend.choose(
+        "gumbel_softmax", backend, logits, supported=supported, reason=f"dtype {logits.dtype} has no kernel"
+    )
+    if chosen == "reference":
+        return gumbel_softmax_reference(logits, tau, dim, seed, offset, hard, row_offset=row_offset)
+    if hard:
+        return op.gumbel_argmax(logits, dim, seed, offset, row_offset)
+    return op.gumbel_softmax(logits, tau, dim, seed, offset, row_offset)
+
+
+def _signed64(name: str, value: int) -> int:
+    """The same 64 bits as the signed integer that torch's dispatcher can carry."""
+    if value < -(2**63) or value >= 2**64:
+        raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
+    return value - 2**64 if value >= 2**63 else value

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""Calls of sparse_attention for the generic tests and benchmarks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .._cases import Arguments, Case, Room, randn
+from ..pattern import AttentionPattern
+from . import sparse_attention
+from .reference import sparse_attention_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _case(
+    name: str,
+    pattern: AttentionPattern,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    dim: int = 8,
+    length: int | None = None,
+    scale: float | None = None,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> Case:
+    length = pattern.length if length is None else length
+
+    def build(generator: torch.Generator, dtype: torch.dtype) -> Arguments:
+        q = randn(generator, batch, heads, length, dim, dtype=dtype)
+        k, v = (randn(generator, batch, kv_heads or heads, length, dim, dtype=dtype) for _ in range(2))
+        return (q, k, v, pattern), {"scale": scale}
+
+    return Case(name, build, dtypes)
+
+
+@lru_cache(maxsize=8)
+def _float_mask(pattern: AttentionPattern, length: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(length, length, dtype=dtype).masked_fill_(~pattern.mask(length), -torch.inf)
+
+
+def _peer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern, **_: Any) -> torch.Tensor:
+    if pattern.kind == "dense":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # the mask is made once, outside of what is timed
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_float_mask(pattern, q.shape[2], q.dtype))
+
+
+def _paper(kind: str) -> Case:
+    pattern = AttentionPattern(kind, text_len=256, grid=(32, 32))
+    return _case(f"{kind} 256+32x32", pattern, batch=1, heads=8, dim=64, dtypes=(torch.float32, torch.bfloat16))
+
+
+def _small(kind: str) -> Case:
+    pattern = AttentionPattern(kind, text_len=24, grid=(8, 8))
+    return _case(f"{kind} 24+8x8", pattern, batch=32, heads=4, dim=64, dtypes=(torch.float32, torch.bfloat16))
+
+
+ROOM = Room(
+    name="sparse_attention",
+    function=sparse_attention,
+    reference=sparse_attention_reference,
+    cases=(
+        _case("row", AttentionPattern("row", 3, (3, 4)), batch=1),
+        _case("column", AttentionPattern("column", 5, (4, 3)), kv_heads=1),
+        _case("conv", AttentionPattern("conv", 2, (5, 4), kernel=3)),
+        _case("conv_rows", AttentionPattern("conv", 4, (4, 6), kernel=5, wraparound=False), dim=20),
+        _case("dense", AttentionPattern("dense", 4, (3, 3)), scale=0.3),
+        _case("row_prefix", AttentionPattern("row", 7, (6, 7), extent=5), length=29, heads=4, kv_heads=2),
+        _case("column_prefix", AttentionPattern("column", 7, (6, 7)), length=30, dim=3),
+        _case("text_only", AttentionPattern("row", 40, (2, 2)), length=37),
+        _case("no_text", AttentionPattern("row", 0, (7, 6))),
+        _case("tiles", AttentionPattern("row", 33, (9, 9)), batch=1, dim=64),
+        _case("column_tiles", AttentionPattern("column", 17, (70, 2)), batch=1, dim=24),
+        _case("conv_tiles", AttentionPattern("conv", 65, (12, 11)), batch=1, dim=32),
+        _case("one", AttentionPattern("dense", 1, (1, 1)), batch=1, heads=1, dim=1, length=1),
+        _case("empty_batch", AttentionPattern("row", 3, (2, 2)), batch=0),
+        _case("empty_length", AttentionPattern("row", 3, (2, 2)), length=0),
+    ),
+    # float32: sums of products of a few hundred terms. 16-bit: inputs are exact, the output is rounded once.
+    tolerance={torch.float32: (2e-5, 5e-6), torch.bfloat16: (1e-2, 4e-3), torch.float16: (2e-3, 5e-4)},
+    # the backward pass reads the rounded output
+    grad_tolerance={torch.float32: (1e-4, 3e-5), torch.bfloat16: (3e-2, 3e-2), torch.float16: (4e-3, 4e-3)},
+    benchmarks=(
+        _paper("row"),
+        _paper("column"),
+        _paper("conv"),
+        _paper("dense"),
+        _small("row"),
+        _small("column"),
+    ),
+    peers={"F.scaled_dot_product_attention": _peer},
+)
