@@ -7,9 +7,11 @@
 #include "core/dispatch.h"
 
 namespace dalle_fast {
+void bind_adamw16(pybind11::module_&);
 void bind_decode_attention(pybind11::module_&);
 void bind_gumbel_softmax(pybind11::module_&);
 void bind_linear_cross_entropy(pybind11::module_&);
+void bind_minifloat(pybind11::module_&);
 void bind_null(pybind11::module_&);
 void bind_sparse_attention(pybind11::module_&);
 }  // namespace dalle_fast
@@ -24,9 +26,11 @@ PYBIND11_MODULE(_C, m) {
     }
   });
 
+  bind_adamw16(m);
   bind_decode_attention(m);
   bind_gumbel_softmax(m);
   bind_linear_cross_entropy(m);
+  bind_minifloat(m);
   bind_null(m);
   bind_sparse_attention(m);
 

@@ -1,19 +1,272 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `dalle-fast doctor [--json]`."""
+"""The command line, `dalle-fast <command>`; every flag comes from a config dataclass."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, UserError
+
+_EPILOG = """commands:
+  demo       train a small system on real data and write a report
+  train      train one stage: dvae, clip or dalle
+  tokenize   pictures to dVAE tokens
+  sample     caption to ranked pictures
+  complete   keep the top of a picture, draw the rest
+  evaluate   numbers and a report about a trained system
+  doctor     what is installed, what is missing, what to do
+
+dalle-fast <command> --help says more."""
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"dalle-fast {command}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def _add_fields(parser: argparse.ArgumentParser, cls: type, skip: set[str] = frozenset()) -> None:
+    """One flag per field of a dataclass of plain values, with its docstring as help."""
+    from tyro._docstrings import get_field_docstring
+
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        text = (get_field_docstring(cls, field.name, ()) or "").replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=type(field.default), default=field.default, help=text)
+
+
+def _take(cls: type, arguments: argparse.Namespace, skip: set[str] = frozenset()) -> Any:
+    names = [field.name for field in dataclasses.fields(cls) if field.name not in skip]
+    return cls(**{name: getattr(arguments, name) for name in names})
+
+
+# ---- commands; torch is slow to import, so each imports what it needs after its flags are read
+
+
+def _demo(args: list[str]) -> None:
+    parser = _parser("demo", "Trains dVAE, CLIP and transformer, samples held-out captions, writes report.html.")
+    parser.add_argument("--minutes", type=float, default=16.0, help="time for training and evaluation")
+    parser.add_argument("--run", default="runs/demo", help="folder; the same command goes on with what is there")
+    parser.add_argument("--data", default="emoji", help="emoji or shapes")
+    arguments = parser.parse_args(args)
+    from .demo import run_demo
+
+    run_demo(arguments.minutes, arguments.run, arguments.data)
+
+
+def _train(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dalle-fast train", add_help=False, allow_abbrev=False)
+    parser.add_argument("stage", nargs="?")
+    parser.add_argument("--preset")
+    parser.add_argument("--config")
+    parser.add_argument("--run")
+    parser.add_argument("--data")
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    arguments, rest = parser.parse_known_args(args)
+    if arguments.stage not in ("dvae", "clip", "dalle"):
+        if arguments.stage is None and arguments.help:
+            print(_TRAIN_HELP)
+            return
+        raise ConfigError(f"train: expected a stage, dvae, clip or dalle, got {arguments.stage}")
+    import tyro
+
+    from .presets import preset
+    from .train import RECIPES, load_config, run
+
+    config_cls = RECIPES[arguments.stage][0]
+    if arguments.config and arguments.preset:
+        raise ConfigError("--config, --preset: give one of them")
+    if arguments.config:
+        start = load_config(config_cls, arguments.config)
+    else:
+        start = preset(arguments.stage, arguments.preset or "emoji")
+    if arguments.help:
+        print(_TRAIN_HELP)
+        rest = ["--help"]
+    config = tyro.cli(config_cls, default=start, args=rest, prog=f"dalle-fast train {arguments.stage}")
+    if arguments.data:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=arguments.data))
+    if arguments.dry_run:
+        from .estimate import estimate
+
+        print(estimate(config))
+        return
+    if not arguments.run:
+        raise ConfigError("--run: name a folder for the run, such as runs/mine/" + arguments.stage)
+    result = run(config, arguments.run, minutes=arguments.minutes, resume=not arguments.fresh)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    print(f"{arguments.stage}: {result.step} updates in {result.run_dir}\n{shown}")
+
+
+_TRAIN_HELP = """usage: dalle-fast train {dvae,clip,dalle} --run FOLDER [options]
+
+  --run FOLDER      the run's folder; the same command goes on with what is there
+  --preset NAME     emoji (default), shapes, paper (dvae), paper-2.8b, paper-5.6b, paper-12b (dalle)
+  --config FILE     a TOML file, such as the config.toml of another run, in place of a preset
+  --data SOURCE     emoji, shapes, a folder of pictures with .txt captions, or a .tar
+  --minutes M       stretch or shrink the run to about M minutes on this machine
+  --dry-run         print parameters, FLOPs and memory, and stop
+  --fresh           refuse a folder that holds a run already
+
+Stages of one system are siblings: runs/mine/dvae, runs/mine/clip, runs/mine/dalle.
+"""
+
+
+def _tokenize(args: list[str]) -> None:
+    parser = _parser("tokenize", "Encodes pictures with a trained dVAE; writes int32 tokens and their captions.")
+    parser.add_argument("--run", required=True, help="run folder of the dVAE")
+    parser.add_argument("--data", default="emoji", help="emoji, shapes, a folder or a .tar")
+    parser.add_argument("--split", default="all", help="train, heldout, seen or all")
+    parser.add_argument("--output", default="tokens.safetensors", help="file; captions go into its metadata")
+    arguments = parser.parse_args(args)
+    from .sample.tokens import write_tokens
+
+    count = write_tokens(arguments.run, arguments.data, arguments.split, Path(arguments.output), _progress("pictures"))
+    print(f"{count} pictures in {arguments.output}")
+
+
+def _sampling_parser(command: str, description: str) -> argparse.ArgumentParser:
+    from .sample import SampleOptions
+
+    parser = _parser(command, description)
+    parser.add_argument("--run", required=True, help="folder with the runs dvae, dalle and, for ranking, clip")
+    parser.add_argument("--caption", action="append", required=True, help="may be given several times")
+    parser.add_argument("--output", default="samples", help="folder for PNG and JSON")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    _add_fields(parser, SampleOptions)
+    return parser
+
+
+def _load(arguments: argparse.Namespace):
+    from .sample import System
+    from .train.run import device_of
+
+    return System.load(arguments.run, device=device_of(arguments.device))
+
+
+def _finish(result: Any, output: str) -> None:
+    from .sample import save_result
+
+    paths = save_result(result, output)
+    best = "" if result.scores is None else f", best score {float(result.scores[0]):.3f}"
+    print(f"{result.caption}: {len(result.images)} pictures{best}\n  {paths['sheet']}\n  {paths['json']}")
+
+
+def _sample(args: list[str]) -> None:
+    from .sample import SampleOptions
+
+    arguments = _sampling_parser("sample", "Draws candidates for captions and ranks them.").parse_args(args)
+    options = _take(SampleOptions, arguments)
+    system = _load(arguments)
+    for caption in arguments.caption:
+        _finish(system.sample(caption, options, progress=_progress(caption)), arguments.output)
+
+
+def _complete(args: list[str]) -> None:
+    from .sample import SampleOptions
+
+    parser = _sampling_parser("complete", "Keeps the top rows of a picture and draws the rest.")
+    parser.add_argument("--image", required=True, help="picture; its central square is resized to the model's size")
+    parser.add_argument("--keep-rows", type=int, required=True, help="rows of tokens to keep (the paper: 15 of 32)")
+    arguments = parser.parse_args(args)
+    options = _take(SampleOptions, arguments)
+    from .data import augment_image, read_image
+
+    system = _load(arguments)
+    image = augment_image(read_image(arguments.image), system.dvae.config.image_size, "none")
+    for caption in arguments.caption:
+        result = system.complete(caption, image, arguments.keep_rows, options, progress=_progress(caption))
+        _finish(result, arguments.output)
+
+
+def _evaluate(args: list[str]) -> None:
+    from .evaluate import EvaluationOptions
+
+    parser = _parser("evaluate", "Evaluates a trained system; writes report.html, evaluation.json and sheets.")
+    parser.add_argument("--run", required=True, help="folder with the runs dvae, dalle and, for ranking, clip")
+    parser.add_argument("--data", default="", help="emoji, shapes, a folder or a .tar; empty: what it was trained on")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    _add_fields(parser, EvaluationOptions)
+    arguments = parser.parse_args(args)
+    options = _take(EvaluationOptions, arguments)
+    from .evaluate import run_evaluation, write_report
+    from .train import DALLETrainConfig, load_config
+
+    system = _load(arguments)
+    source = arguments.data or load_config(DALLETrainConfig, Path(arguments.run) / "dalle" / "config.toml").data.source
+    report = _progress("captions")
+    evaluation = run_evaluation(system, source, options, progress=lambda what, done, total: report(done, total))
+    paths = write_report(evaluation, arguments.run)
+    print(f"report: {paths['report']}\nnumbers: {paths['json']}")
+
+
+def _doctor(args: list[str]) -> None:
+    parser = _parser("doctor", "What is installed, what is missing, what to do.")
+    parser.add_argument("--json", action="store_true", help="for bug reports")
+    arguments = parser.parse_args(args)
+    from . import doctor
+
+    doctor.main(as_json=arguments.json)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": _demo,
+    "train": _train,
+    "tokenize": _tokenize,
+    "sample": _sample,
+    "complete": _complete,
+    "evaluate": _evaluate,
+    "doctor": _doctor,
+}
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """A counter on the terminal; silent elsewhere."""
+
+    def report(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done >= total else ""
+            print(f"\r{what[:40]}: {100 * done // max(total, 1):3d} %", end=end, file=sys.stderr, flush=True)
+
+    return report
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `dalle-fast`."""
-    parser = argparse.ArgumentParser(prog="dalle-fast", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser("doctor", help="what is installed, what is missing, what to do")
-    doctor.add_argument("--json", action="store_true", help="for bug reports")
-    arguments = parser.parse_args(argv)
-
-    from . import doctor as doctor_module  # torch is slow to import: not for --help
-
-    doctor_module.main(as_json=arguments.json)
+    """Entry point of `dalle-fast`. A user's mistake is one message and exit code 2; Ctrl-C is 130, SIGTERM 143."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="dalle-fast", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    )
+    parser.add_argument("command", choices=list(COMMANDS), metavar="command", help=argparse.SUPPRESS)
+    if not argv:
+        parser.print_help()
+        sys.exit(2)
+    arguments = parser.parse_args(argv[:1])
+    try:
+        COMMANDS[arguments.command](argv[1:])
+    except UserError as error:
+        print(f"dalle-fast: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ndalle-fast: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except RuntimeError as error:
+        number = getattr(error, "signal_number", None)
+        if number is None:
+            raise
+        print(f"\ndalle-fast: {error}", file=sys.stderr)
+        sys.exit(128 + number)

@@ -18,3 +18,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, incomplete or damaged; the message names the file."""
+
+
+class TrainingError(UserError):
+    """A run cannot go on: too many updates without finite gradients, or its folder is in use."""

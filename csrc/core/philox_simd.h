@@ -4,9 +4,6 @@
 
 #include "../scalar/philox.h"
 #include "simd.h"
-#if defined(__AVX2__) || defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace dalle_fast {
 namespace DF_CPU_NAMESPACE {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -61,6 +61,19 @@ DF_INLINE V select(VecI mask, V a, V b) {
 DF_INLINE VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 DF_INLINE VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
 DF_INLINE VecF vabs(VecF a) { return bit_cast<VecF>(bit_cast<VecU>(a) & 0x7fffffffu); }
+
+DF_INLINE VecF vsqrt(VecF a) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_sqrt_ps((__m256)a);
+#elif defined(__SSE2__)
+  return (VecF)_mm_sqrt_ps((__m128)a);
+#else
+  for (int i = 0; i < kLanes; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+#endif
+}
 
 // ---- 16-bit floats
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from .decode_attention import decode_attention
 from .gumbel_softmax import gumbel_softmax
 from .linear_cross_entropy import linear_cross_entropy
+from .minifloat import minifloat_decode, minifloat_encode
 from .null import null
 from .pattern import AttentionPattern
 from .sparse_attention import sparse_attention
@@ -15,6 +16,8 @@ __all__ = [
     "decode_attention",
     "gumbel_softmax",
     "linear_cross_entropy",
+    "minifloat_decode",
+    "minifloat_encode",
     "null",
     "sparse_attention",
 ]

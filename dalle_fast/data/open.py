@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: MIT
+"""Names of data sets."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from ..errors import DataError
+from .emoji import EmojiPairs
+from .pairs import FolderPairs, TarPairs
+from .sample import PairDataset
+from .shapes import ShapesPairs
+
+
+@lru_cache(maxsize=8)
+def open_dataset(source: str, split: str = "train", size: int = 32) -> PairDataset:
+    """Opens "emoji", "shapes", a folder of pairs, or a .tar file (or a glob of several).
+
+    Args:
+        source: which.
+        split: "train", "heldout", "seen" or "all".
+        size: side in pixels of drawn pictures; users' own come in their own size.
+
+    Raises:
+        DataError: nothing of that name.
+        ConfigError: unknown split.
+    """
+    if source == "emoji":
+        return EmojiPairs(split, size)
+    if source == "shapes":
+        return ShapesPairs(split, size)
+    if source.endswith(".tar"):
+        return TarPairs(source, split)
+    if Path(source).is_dir():
+        return FolderPairs(source, split)
+    raise DataError(f"{source}: expected emoji, shapes, a folder of pictures with captions, or a .tar file")

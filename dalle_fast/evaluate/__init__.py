@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: MIT
+"""Numbers and a report about a trained system."""
+
+from __future__ import annotations
+
+from .frechet import frechet_distance
+from .metrics import Evaluation, EvaluationOptions, run_evaluation
+from .report import write_report
+
+__all__ = ["Evaluation", "EvaluationOptions", "frechet_distance", "run_evaluation", "write_report"]

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints: written aside, synced, listed with SHA-256, renamed; read only when every byte is right.
+
+A checkpoint is a folder of files and `manifest.json`, which holds the size and hash of each. `checkpoints/latest` is a
+text file with the name of the newest one; a damaged folder is passed over for the newest that verifies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from ..data import Tokenizer
+from ..errors import CheckpointError, ConfigError
+from .clip import CLIP, CLIPConfig
+from .dalle import DALLE, DALLEConfig
+from .dvae import DVAE, DVAEConfig
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+MODELS: dict[str, tuple[type, type]] = {
+    "dvae": (DVAE, DVAEConfig),
+    "dalle": (DALLE, DALLEConfig),
+    "clip": (CLIP, CLIPConfig),
+}
+
+
+# ---- writing
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file is as it was.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _serialize(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        return value.encode()
+    if value and all(isinstance(item, torch.Tensor) for item in value.values()):
+        return save({name: tensor.detach().cpu().contiguous() for name, tensor in value.items()})
+    return json.dumps(value, indent=1).encode()
+
+
+def save_snapshot(
+    parent: Path, name: str, files: Mapping[str, Any], on_phase: Callable[[str], None] | None = None
+) -> Path:
+    """Writes `parent/name` as a whole or not at all, then points `parent/latest` at it.
+
+    Args:
+        parent: the run's `checkpoints` folder; made when missing.
+        name: of the new folder; an existing one of that name is replaced.
+        files: file name -> bytes, text, a dict of tensors (safetensors) or any JSON value.
+        on_phase: called with each phase's name before it begins; for tests.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, say); what was there before is untouched.
+    """
+    phase = on_phase or (lambda _: None)
+    final = parent / name
+    aside = parent / f".{name}.tmp"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        entries = {}
+        for file_name, value in files.items():
+            phase(f"write {file_name}")
+            content = _serialize(value)
+            with open(aside / file_name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            entries[file_name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        phase("manifest")
+        write_atomic(aside / MANIFEST, json.dumps({"version": 1, "files": entries}, indent=1).encode())
+        _sync_folder(aside)
+        phase("rename")
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(aside, final)
+        _sync_folder(parent)
+        phase("latest")
+        write_atomic(parent / LATEST, (name + "\n").encode())
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        raise CheckpointError(
+            f"{final}: the checkpoint could not be written ({error.strerror or error}); "
+            f"earlier ones are untouched{hint}"
+        ) from error
+    phase("done")
+    return final
+
+
+# ---- reading
+
+
+def verify(folder: Path) -> None:
+    """Checks every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: names the file that is missing, of the wrong size or changed.
+    """
+    manifest = folder / MANIFEST
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    try:
+        entries = json.loads(manifest.read_text())["files"]
+        pairs = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()]
+    except FileNotFoundError:
+        raise CheckpointError(f"{manifest}: missing; the checkpoint was not finished") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{manifest}: not a manifest ({error})") from error
+    for name, size, digest in pairs:
+        path = folder / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{manifest}: {name!r} is not a plain file name")
+        try:
+            found = path.stat().st_size
+            if found != size:
+                raise CheckpointError(f"{path}: expected {size} bytes, found {found}; the checkpoint is damaged")
+            with open(path, "rb") as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
+                    hashlib.sha256(file.read()).hexdigest())  # fmt: skip
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        if actual != digest:
+            raise CheckpointError(f"{path}: its SHA-256 is not the manifest's; the checkpoint is damaged")
+
+
+def find_latest(run_dir: Path, on_damaged: Callable[[CheckpointError], None] | None = None) -> Path | None:
+    """The newest checkpoint of a run whose manifest verifies, or None when there is none.
+
+    Args:
+        run_dir: folder with `checkpoints/`.
+        on_damaged: told about each checkpoint that is passed over.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    names = sorted((path.name for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    for name in names:
+        try:
+            verify(folder / name)
+        except CheckpointError as error:
+            if on_damaged:
+                on_damaged(error)
+            continue
+        return folder / name
+    return None
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` (at least 2) checkpoints."""
+    folder = Path(run_dir) / "checkpoints"
+    for path in sorted(folder.glob("step-*"), reverse=True)[max(keep, 2) :]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file.
+
+    Raises:
+        CheckpointError: it is missing or not safetensors.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+# ---- models
+
+
+def model_files(model: nn.Module, ema: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """The files that describe a model: weights, averaged weights, kind and config, tokenizer."""
+    kind = next(name for name, (cls, _) in MODELS.items() if isinstance(model, cls))
+    files: dict[str, Any] = {
+        "model.safetensors": model.state_dict(),
+        "model.json": {"kind": kind, "config": dataclasses.asdict(model.config)},
+    }
+    if ema is not None:
+        files["ema.safetensors"] = dict(ema)
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None:
+        files["tokenizer.json"] = tokenizer.to_json()
+    return files
+
+
+def load_model(path: Path | str, weights: str = "ema", expect: str | None = None) -> nn.Module:
+    """A model from a checkpoint folder or a run folder (its newest good checkpoint), in eval mode.
+
+    Args:
+        path: folder.
+        weights: "ema" (averaged; falls back to the plain ones when a run keeps none) or "model".
+        expect: "dvae", "dalle" or "clip" when only that will do.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or of another kind.
+    """
+    if weights not in ("ema", "model"):
+        raise ValueError(f'weights: expected "ema" or "model", got {weights!r}')
+    folder = Path(path)
+    if not (folder / MANIFEST).exists():
+        damaged: list[CheckpointError] = []
+        latest = find_latest(folder, damaged.append)
+        if latest is None:
+            if damaged:
+                raise damaged[0]
+            raise CheckpointError(f"{folder}: no checkpoint here (expected a run folder or a checkpoint folder)")
+        folder = latest
+    else:
+        verify(folder)
+    description = read_json(folder / "model.json")
+    kind = description.get("kind")
+    if kind not in MODELS or (expect and kind != expect):
+        raise CheckpointError(f"{folder / 'model.json'}: expected kind {expect or ' or '.join(MODELS)}, got {kind!r}")
+    cls, config_cls = MODELS[kind]
+    try:
+        config = config_cls(**description["config"])
+    except (TypeError, KeyError, ConfigError) as error:
+        raise CheckpointError(f"{folder / 'model.json'}: not a {kind} config ({error})") from error
+    tokenizer_file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(tokenizer_file) if tokenizer_file.exists() else None
+    model = cls(config, tokenizer) if cls is CLIP else cls(config)
+    if tokenizer is not None:
+        model.tokenizer = tokenizer
+    name = "ema.safetensors" if weights == "ema" and (folder / "ema.safetensors").exists() else "model.safetensors"
+    load_weights(model, read_tensors(folder / name), folder / name)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """load_state_dict that names the file.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit the model ({str(error).splitlines()[-1].strip()})") from error

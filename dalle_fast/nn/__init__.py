@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: MIT
+"""Thin modules over the ops: what the models are put together from."""
+
+from __future__ import annotations
+
+from .dvae import Conv2d, DecoderBlock, EncoderBlock
+from .losses import categorical_kl, logit_laplace_nll, map_pixels, unmap_pixels
+from .transformer import TransformerBlock
+
+__all__ = [
+    "Conv2d",
+    "DecoderBlock",
+    "EncoderBlock",
+    "TransformerBlock",
+    "categorical_kl",
+    "logit_laplace_nll",
+    "map_pixels",
+    "unmap_pixels",
+]

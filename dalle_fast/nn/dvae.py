@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""Convolution and residual blocks of the dVAE, with the parameter names of the released model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Conv2d(nn.Module):
+    """Stride-1 convolution with an odd kernel and "same" padding; weight `w`, bias `b`.
+
+    Initialised N(0, 1 / sqrt(num_in * kernel^2)), bias 0, as in the released model. With `full_precision` autocast is
+    off inside: the layers that touch logits and codes stay in float32 (paper section 2.4).
+    """
+
+    def __init__(self, num_in: int, num_out: int, kernel: int, *, full_precision: bool = False) -> None:
+        super().__init__()
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel: expected an odd size, got {kernel}")
+        self.kernel = kernel
+        self.full_precision = full_precision
+        self.w = nn.Parameter(torch.empty(num_out, num_in, kernel, kernel))
+        self.b = nn.Parameter(torch.zeros(num_out))
+        nn.init.normal_(self.w, std=(num_in * kernel**2) ** -0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.full_precision:
+            with torch.autocast(x.device.type, enabled=False):
+                return F.conv2d(x.float(), self.w, self.b, padding=self.kernel // 2)
+        return F.conv2d(x, self.w, self.b, padding=self.kernel // 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.w.shape[1]}, {self.w.shape[0]}, kernel={self.kernel}"
+
+
+class _Block(nn.Module):
+    """out = id(x) + post_gain * res(x); ReLU before every convolution; hidden width num_out / 4."""
+
+    kernels: tuple[int, ...]
+
+    def __init__(self, num_in: int, num_out: int, num_layers: int) -> None:
+        super().__init__()
+        self.post_gain = 1 / num_layers**2
+        hidden = num_out // 4
+        self.id_path = Conv2d(num_in, num_out, 1) if num_in != num_out else nn.Identity()
+        widths = [num_in, hidden, hidden, hidden, num_out]
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, kernel in enumerate(self.kernels):
+            layers[f"relu_{i + 1}"] = nn.ReLU()
+            layers[f"conv_{i + 1}"] = Conv2d(widths[i], widths[i + 1], kernel)
+        self.res_path = nn.Sequential(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.add(self.id_path(x), self.res_path(x), alpha=self.post_gain)
+
+
+class EncoderBlock(_Block):
+    """Kernels 3, 3, 3, 1: 1x1 next to the relaxation keeps the receptive field small (paper appendix A.1)."""
+
+    kernels = (3, 3, 3, 1)
+
+
+class DecoderBlock(_Block):
+    """Kernels 1, 3, 3, 3."""
+
+    kernels = (1, 3, 3, 3)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""One fused AdamW update with 16-bit moments; users meet it as `dalle_fast.optim.AdamW16`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import _backend
+from . import op
+from .reference import adamw16_reference
+
+
+def adamw16(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    means: Sequence[torch.Tensor],
+    variances: Sequence[torch.Tensor],
+    emas: Sequence[torch.Tensor] = (),
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.96),
+    eps: float = 1e-8,
+    weight_decay: float = 4.5e-2,
+    variance_clip: float = 5.0,
+    grad_scale: float = 1.0,
+    ema_decay: float = 0.0,
+    backend: str = "auto",
+) -> None:
+    """Updates parameters, moments and averages in place (paper section 2.4, appendix B.2 and D).
+
+    Args:
+        params: float32 tensors of any shape.
+        grads: as `params`, float32 or bfloat16.
+        means: uint16 codes of the running means in 1-6-9.
+        variances: uint16 codes of the running variances in 0-6-10.
+        emas: averaged parameters, float32, or empty.
+        step: number of this update, from 1.
+        lr: step size.
+        betas: decay of mean and variance.
+        eps: added to the root of the variance.
+        weight_decay: decoupled.
+        variance_clip: the variance is clipped to this value before it is used or kept.
+        grad_scale: gradients are divided by it.
+        ema_decay: decay of `emas`.
+        backend: "auto", "cuda", "cpu" or "reference".
+
+    Raises:
+        TypeError: a tensor has the wrong dtype.
+        ValueError: lists differ in length, shapes differ, or a number is out of range.
+        RuntimeError: an explicit `backend` cannot run.
+    """
+    lists = {"grads": grads, "means": means, "variances": variances, "emas": emas}
+    for name, tensors in lists.items():
+        if len(tensors) != len(params) and not (name == "emas" and not tensors):
+            raise ValueError(f"{name}: expected {len(params)} tensors, one for each parameter, got {len(tensors)}")
+        for i, (tensor, param) in enumerate(zip(tensors, params)):
+            if tensor.shape != param.shape:
+                raise ValueError(f"{name}[{i}]: expected shape {list(param.shape)}, got {list(tensor.shape)}")
+            allowed = op.DTYPES[name]
+            if tensor.dtype not in allowed:
+                raise TypeError(f"{name}[{i}]: expected dtype {' or '.join(map(str, allowed))}, got {tensor.dtype}")
+            if tensor.device != param.device:
+                raise ValueError(f"{name}[{i}]: expected device {param.device}, got {tensor.device}")
+    for i, param in enumerate(params):
+        if param.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"params[{i}]: expected dtype float32, got {param.dtype}")
+    if step < 1:
+        raise ValueError(f"step: expected at least 1, got {step}")
+    if not grad_scale > 0:
+        raise ValueError(f"grad_scale: expected a positive number, got {grad_scale}")
+    scalars = (step, lr, *betas, eps, weight_decay, variance_clip, grad_scale, ema_decay)
+    if not params:
+        _backend.choose("adamw16", backend, torch.empty(0))
+        return
+    supported = all(p.dtype == torch.float32 for p in params)
+    chosen = _backend.choose("adamw16", backend, params[0], supported=supported, reason="float64 has no kernel")
+    run = adamw16_reference if chosen == "reference" else op.adamw16
+    run(list(params), list(grads), list(means), list(variances), list(emas), *scalars)

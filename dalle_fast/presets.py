@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""Named configs: the paper's models, and small ones that a laptop trains in minutes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import ConfigError
+from .models import CLIPConfig, DALLEConfig, DVAEConfig
+from .train import CLIPTrainConfig, DALLETrainConfig, DataConfig, DVAETrainConfig, LoopConfig
+
+# (width, heads of 64) of the paper's table 1; all have 64 layers.
+_PAPER_SIZES = {"2.8b": (1920, 30), "5.6b": (2688, 42), "12b": (3968, 62)}
+
+
+def paper_dalle(size: str) -> DALLEConfig:
+    """The transformer of 2.8, 5.6 or 12 billion parameters (table 1)."""
+    if size not in _PAPER_SIZES:
+        raise ConfigError(f"size: expected one of {', '.join(_PAPER_SIZES)}, got {size!r}")
+    width, num_heads = _PAPER_SIZES[size]
+    return DALLEConfig(width=width, num_heads=num_heads)
+
+
+def _small_dvae(source: str) -> DVAETrainConfig:
+    # measured on two cores: n_hid 24 with two poolings; beta 6.6 keeps most of 256 codes alive, 0.1 kills all but 14
+    return DVAETrainConfig(
+        data=DataConfig(source=source),
+        loop=LoopConfig(steps=6000, batch_size=32, sample_every=1000, save_every=1000),
+        model=DVAEConfig(image_size=32, num_groups=3, width=24, vocab_size=256, decoder_init_width=32),
+        learning_rate=4e-3,
+        final_learning_rate=4e-5,
+        learning_rate_steps=6000,
+        beta_steps=600,
+        tau_steps=3000,
+    )
+
+
+def _small_clip(source: str) -> CLIPTrainConfig:
+    return CLIPTrainConfig(
+        data=DataConfig(source=source),
+        loop=LoopConfig(steps=600, batch_size=128, clip_norm=1.0, ema_decay=0.98, sample_every=200, save_every=300),
+        model=CLIPConfig(),
+        warmup_steps=50,
+    )
+
+
+def _small_dalle(source: str) -> DALLETrainConfig:
+    return DALLETrainConfig(
+        data=DataConfig(source=source),
+        loop=LoopConfig(
+            steps=3000, batch_size=64, clip_norm=4.0, ema_decay=0.99, ema_every=5, sample_every=500, save_every=500
+        ),
+        model=DALLEConfig(
+            width=256,
+            num_layers=4,
+            num_heads=4,
+            head_dim=64,
+            text_vocab_size=1024,
+            text_len=24,
+            image_vocab_size=256,
+            grid=(8, 8),
+        ),
+        learning_rate=1.5e-3,
+        warmup_steps=150,
+        schedule="cosine",
+        caption_dropout=0.1,
+    )
+
+
+def _paper(kind: str, size: str = "12b") -> Any:
+    if kind == "dvae":
+        return DVAETrainConfig(loop=LoopConfig(steps=3_000_000, batch_size=512))
+    loop = LoopConfig(steps=430_000, batch_size=1024, clip_norm=4.0, ema_decay=0.99, ema_every=25, checkpointing=True)
+    return DALLETrainConfig(loop=loop, model=paper_dalle(size))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "dvae": {
+        "emoji": lambda: _small_dvae("emoji"),
+        "shapes": lambda: _small_dvae("shapes"),
+        "paper": lambda: _paper("dvae"),
+    },
+    "clip": {"emoji": lambda: _small_clip("emoji"), "shapes": lambda: _small_clip("shapes")},
+    "dalle": {
+        "emoji": lambda: _small_dalle("emoji"),
+        "shapes": lambda: _small_dalle("shapes"),
+        **{f"paper-{size}": lambda size=size: _paper("dalle", size) for size in _PAPER_SIZES},
+    },
+}
+
+
+def preset(kind: str, name: str) -> Any:
+    """The train config of a stage by name.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    found = PRESETS[kind].get(name)
+    if found is None:
+        raise ConfigError(f"preset: {kind} has {', '.join(PRESETS[kind])}, got {name!r}")
+    return found()

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: MIT
+"""What a run is made of: frozen dataclasses, read from and written to TOML; an unknown key is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from ..errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which pictures and captions."""
+
+    source: str = "emoji"
+    """"emoji", "shapes", a folder of pictures with .txt captions, or a WebDataset .tar (a glob for several)."""
+    split: str = "train"
+    """"train", or "all" to train on the held-out combinations too."""
+    augment: str = "none"
+    """"none", or the paper's crops: "stage1" (dVAE, with flips) and "stage2" (transformer, without)."""
+
+    def __post_init__(self) -> None:
+        if self.augment not in ("none", "stage1", "stage2"):
+            raise ConfigError(f"augment: expected none, stage1 or stage2, got {self.augment!r}")
+        if self.split not in ("train", "all"):
+            raise ConfigError(f"split: expected train or all, got {self.split!r}")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What every recipe shares."""
+
+    steps: int = 1000
+    """Updates in all."""
+    batch_size: int = 32
+    """Samples per update."""
+    accumulate: int = 1
+    """Parts a batch is worked off in; gradients are those of the whole batch."""
+    seed: int = 0
+    """Decides initial weights, order, augmentation, noise."""
+    precision: str = "auto"
+    """"fp32", "bf16" (autocast), or "auto": bf16 where the processor multiplies it fast."""
+    device: str = "auto"
+    """"auto", "cpu" or "cuda"."""
+    checkpointing: bool = False
+    """Recompute each resblock in the backward pass: less memory, a third more work."""
+    clip_norm: float = 0.0
+    """Largest global gradient norm; 0 is no clipping."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights; 0 keeps none."""
+    ema_every: int = 1
+    """Updates between averagings."""
+    log_every: int = 20
+    """Updates between lines of metrics.jsonl."""
+    sample_every: int = 500
+    """Updates between pictures and held-out losses; 0 is never."""
+    save_every: int = 500
+    """Updates between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints to keep, at least 2."""
+    max_skipped: int = 20
+    """Updates in a row that may be skipped for gradients that are not finite."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "ema_every", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("sample_every", "keep", "max_skipped", "clip_norm", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(f"accumulate: expected a divisor of batch_size {self.batch_size}, got {self.accumulate}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ConfigError(f"precision: expected auto, fp32 or bf16, got {self.precision!r}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device: expected auto, cpu or cuda, got {self.device!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
+
+
+def with_steps(config: T, steps: int) -> T:
+    """The same run stretched to `steps` updates: every field that ends in `_steps` scales along."""
+    factor = steps / config.loop.steps
+    scaled = {
+        field.name: max(1, round(getattr(config, field.name) * factor))
+        for field in dataclasses.fields(config)
+        if field.name.endswith("_steps")
+    }
+    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps), **scaled)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Builds a config dataclass.
+
+    Raises:
+        ConfigError: a key is unknown or a value has the wrong type; the message names it.
+    """
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else key
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(hints)}"
+            raise ConfigError(f"{path}: no such key{hint}")
+        arguments[key] = _convert(hints[key], value, path)
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error}" if where else str(error)) from None
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}: expected a table, got {value!r}")
+        return from_dict(kind, value, path)
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)) or len(value) != len(items):
+            raise ConfigError(f"{path}: expected {len(items)} values, got {value!r}")
+        return tuple(_convert(item, v, path) for item, v in zip(items, value, strict=True))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, types.GenericAlias) or not isinstance(value, kind) or (kind is not bool and value is True):
+        raise ConfigError(f"{path}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    return value
+
+
+def load_config(cls: type[T], path: Path | str) -> T:
+    """Reads a TOML file.
+
+    Raises:
+        ConfigError: not there, not TOML, or a key or value that does not fit; the message names the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML ({error})") from error
+    values.pop("recipe", None)
+    try:
+        return from_dict(cls, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def save_config(config: Any, path: Path | str, recipe: str) -> None:
+    """Writes a TOML file that `load_config` reads back equal."""
+    from ..models.store import write_atomic
+
+    write_atomic(Path(path), tomli_w.dumps({"recipe": recipe, **dataclasses.asdict(config)}).encode())
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of two configs of one class."""
+    found = []
+    for field in dataclasses.fields(old):
+        a, b = getattr(old, field.name), getattr(new, field.name)
+        path = f"{where}.{field.name}" if where else field.name
+        if dataclasses.is_dataclass(a):
+            found += differences(a, b, path)
+        elif a != b:
+            found.append((path, a, b))
+    return found

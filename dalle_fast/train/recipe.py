@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""What a stage tells the loop about itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..data import PairDataset, load_batch, open_dataset, sample_indices
+from ..errors import DataError
+from .config import DataConfig, LoopConfig
+
+
+class Recipe(ABC):
+    """A stage: its model, data, optimizer, schedule and loss. The loop owns time, files and signals."""
+
+    kind: str
+    """"dvae", "clip" or "dalle"."""
+    image_size: int
+    """Side of its pictures in pixels."""
+    model: nn.Module
+    dataset: PairDataset
+
+    def __init__(self, config: Any, device: torch.device) -> None:
+        self.config = config
+        self.loop: LoopConfig = config.loop
+        self.data: DataConfig = config.data
+        self.device = device
+        self.bad_samples: dict[str, int] = {}
+
+    def open_data(self, split: str | None = None) -> PairDataset:
+        """The dataset of a split (default: the training one).
+
+        Raises:
+            DataError: it is empty.
+        """
+        dataset = open_dataset(self.data.source, split or self.data.split, self.image_size)
+        if len(dataset) == 0:
+            raise DataError(f"{self.data.source}: no pictures in split {split or self.data.split!r}")
+        return dataset
+
+    def batch(self, step: int):
+        """The samples of an update: a pure function of (seed, step)."""
+        start = step * self.loop.batch_size
+        indices = sample_indices(self.loop.seed, start, self.loop.batch_size, len(self.dataset))
+        return load_batch(
+            self.dataset,
+            indices,
+            size=self.image_size,
+            augment=self.data.augment,
+            seed=self.loop.seed,
+            counters=range(start, start + len(indices)),
+        )
+
+    @abstractmethod
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A fresh optimizer over the model's parameters."""
+
+    @abstractmethod
+    def learning_rate(self, step: int) -> float:
+        """Step size of update `step`, counted from 0."""
+
+    @abstractmethod
+    def prepare(self, step: int) -> dict[str, Any]:
+        """Everything the loss of update `step` needs, for the whole batch, on the device."""
+
+    @abstractmethod
+    def loss(self, inputs: dict[str, Any], rows: slice, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of some rows, such that the mean over equal parts is the loss of the batch; and metrics to average."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics with the weights as they are."""
+        return {}
+
+    def pictures(self) -> Image.Image | None:
+        """Something to look at, with the weights as they are."""
+        return None
+
+    def after_step(self, loss: float) -> None:  # noqa: B027 - most schedules are functions of the step alone
+        """Told the loss of each update."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON state beside weights and optimizer."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Takes `state_dict` back."""
