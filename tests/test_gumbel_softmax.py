@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""gumbel_softmax beyond the generic tests: the noise itself, shards, distribution, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dalle_fast.ops import _backend, gumbel_softmax
+from dalle_fast.ops.gumbel_softmax.reference import gumbel_noise
+
+needs_extension = pytest.mark.skipif(_backend._C is None, reason=f"no extension: {_backend.EXTENSION_ERROR}")
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # Random123's known answers
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_the_scalar_generator_has_the_published_answers(counter, key, words):
+    assert tuple(_backend._C.gumbel_softmax_philox(*counter, *key)) == words
+
+
+@pytest.mark.parametrize("layout", ["rows", "codes"])
+def test_the_noise_is_the_references(layout):
+    """With tau = 1 and flat logits, y is softmax(noise): its log differs from the noise by a constant a row."""
+    num_rows, num_codes = 40, 70
+    logits = torch.zeros(num_codes, num_rows).t() if layout == "codes" else torch.zeros(num_rows, num_codes)
+    dim = 1
+    if layout == "codes":
+        logits = torch.zeros(1, num_codes, num_rows)
+    y = gumbel_softmax(logits, 1.0, dim=dim, seed=5, offset=9).double().log()
+    y = y[0].t() if layout == "codes" else y
+    noise = gumbel_noise(num_rows, num_codes, seed=5, offset=9)
+    difference = y - noise
+    torch.testing.assert_close(difference, difference[:, :1].expand_as(difference), rtol=0, atol=5e-5)
+
+
+def test_the_largest_draw_is_finite_and_accurate():
+    """u next to 1: float32 cannot hold it, so the kernel goes through 1 - u."""
+    num_codes = 1 << 16
+    y = gumbel_softmax(torch.zeros(8, num_codes), 1.0, seed=123)
+    noise = gumbel_noise(8, num_codes, seed=123, offset=0)
+    assert float(noise.max()) > 12
+    torch.testing.assert_close(y.double(), noise.softmax(1), rtol=2e-4, atol=0)
+
+
+def test_hard_is_the_argmax_of_soft():
+    logits = torch.randn(4, 33, 5, 6)
+    soft = gumbel_softmax(logits, 0.3, seed=2, offset=4)
+    hard = gumbel_softmax(logits, 0.3, seed=2, offset=4, hard=True)
+    assert hard.dtype == torch.int64
+    assert torch.equal(soft.argmax(1), hard)
+
+
+def test_a_shard_draws_what_the_batch_would():
+    logits = torch.randn(6, 17, 4)
+    whole = gumbel_softmax(logits, 0.5, seed=1, offset=2)
+    half = gumbel_softmax(logits[3:], 0.5, seed=1, offset=2, row_offset=3 * 4)
+    assert torch.equal(whole[3:], half)
+
+
+def test_seeds_and_offsets_draw_other_noise():
+    logits = torch.zeros(8, 32)
+    draws = [gumbel_softmax(logits, 1.0, seed=s, offset=o) for s in (0, 1, 2**40) for o in (0, 1, 2**40)]
+    for i, a in enumerate(draws):
+        for b in draws[:i]:
+            assert not torch.equal(a, b)
+
+
+def test_hard_samples_follow_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    count = 40_000
+    hard = gumbel_softmax(logits.expand(count, 4), 1.0, seed=11, hard=True)
+    found = torch.bincount(hard, minlength=4).double() / count
+    expected = logits.double().softmax(0)
+    sigma = (expected * (1 - expected) / count).sqrt()
+    assert ((found - expected).abs() < 5 * sigma).all()
+
+
+def test_low_temperature_approaches_one_hot_and_rows_sum_to_one():
+    y = gumbel_softmax(torch.randn(64, 50), 1e-3, seed=3)
+    torch.testing.assert_close(y.sum(1), torch.ones(64), rtol=1e-5, atol=1e-5)
+    assert (y.max(1).values > 0.99).float().mean() > 0.9
+
+
+def test_nan_and_inf_act_as_in_torch():
+    logits = torch.randn(3, 20)
+    logits[0, 7] = torch.nan
+    logits[1, 3] = -torch.inf
+    y = gumbel_softmax(logits, 1.0, seed=1)
+    assert y[0].isnan().all()
+    assert y[1, 3] == 0
+    assert not y[1:].isnan().any()
+    assert gumbel_softmax(logits, 1.0, seed=1, hard=True)[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tau": 0.0}, ValueError, "tau: expected a finite temperature > 0, got 0.0"),
+        ({"tau": float("inf")}, ValueError, "tau"),
+        ({"dim": 2}, ValueError, "dim: expected -2..1"),
+        ({"seed": 2**64}, ValueError, "seed: expected a 64-bit integer"),
+        ({"offset": -(2**63) - 1}, ValueError, "offset: expected a 64-bit integer"),
+        ({"row_offset": -1}, ValueError, "row_offset: expected"),
+        ({"row_offset": 2**32}, ValueError, "row_offset: expected"),
+        ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logits: expected a floating"),
+        ({"logits": torch.zeros(2, 0), "hard": True}, ValueError, "logits: expected at least one code"),
+        ({"logits": torch.zeros(())}, ValueError, "logits: expected at least one dimension"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        gumbel_softmax(**{"logits": torch.zeros(2, 3), "tau": 1.0, **change})
