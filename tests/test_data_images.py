@@ -82,7 +82,7 @@ def test_the_cameras_rotation_is_applied():
 
 def test_one_pixel_is_enough():
     out = decode_image(encoded(Image.new("RGB", (1, 1), (3, 4, 5)), "PNG"), "x")
-    for augment in ("none", "stage1", "stage2"):
+    for augment in ("none", "jitter", "stage1", "stage2"):
         big = augment_image(out, 32, augment)
         assert big.shape == (32, 32, 3)
         assert (big == [3, 4, 5]).all()
@@ -137,13 +137,13 @@ def test_other_files_are_refused_by_name(tmp_path):
 
 
 def test_augmentation_is_a_function_of_seed_and_counter():
-    picture = np.asarray(gradient((90, 61)))
-    for augment in ("stage1", "stage2"):
+    picture = np.random.default_rng(0).integers(0, 256, (61, 90, 3), np.uint8)
+    for augment in ("jitter", "stage1", "stage2"):
         crops = [augment_image(picture, 32, augment, seed=1, counter=c) for c in range(20)]
         assert all(crop.shape == (32, 32, 3) for crop in crops)
         assert (crops[3] == augment_image(picture, 32, augment, seed=1, counter=3)).all()
         assert len({crop.tobytes() for crop in crops}) > 10
-    with pytest.raises(ConfigError, match="augment: expected one of none, stage1, stage2, got 'flip'"):
+    with pytest.raises(ConfigError, match="augment: expected one of none, jitter, stage1, stage2, got 'flip'"):
         augment_image(picture, 32, "flip")
 
 

@@ -20,7 +20,9 @@ def kernel_mask(pattern, length):
     return kernel_mask(pattern.integers(), length)
 
 
-@pytest.mark.parametrize(("kind", "pairs"), [("row", 328_304), ("column", 311_936), ("conv", 352_209), ("dense", 819_840)])
+@pytest.mark.parametrize(
+    ("kind", "pairs"), [("row", 328_304), ("column", 311_936), ("conv", 352_209), ("dense", 819_840)]
+)
 def test_the_header_has_the_papers_pair_counts(kind, pairs):
     pattern = AttentionPattern(kind, text_len=256, grid=(32, 32))
     assert int(kernel_mask(pattern, pattern.length).sum()) == pairs

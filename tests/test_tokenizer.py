@@ -31,7 +31,9 @@ def test_the_merge_loop_equals_the_library_when_nothing_is_dropped(tokenizer, ca
     assert torch.equal(own, rows)
 
 
-@pytest.mark.parametrize("text", ["ÀÉÎ ça  va", "naïve e\u0301", "日本語 テスト", "שלום", "a\tb\nc", "🦊 fox", "x" * 300])
+@pytest.mark.parametrize(
+    "text", ["ÀÉÎ ça  va", "naïve e\u0301", "日本語 テスト", "שלום", "a\tb\nc", "🦊 fox", "x" * 300]
+)
 def test_any_text_survives(tokenizer, text):
     import unicodedata
 

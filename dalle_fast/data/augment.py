@@ -10,7 +10,7 @@ from PIL import Image
 from ..errors import ConfigError
 from ..ops.philox import philox4x32
 
-AUGMENTATIONS = ("none", "stage1", "stage2")
+AUGMENTATIONS = ("none", "jitter", "stage1", "stage2")
 _WORD = 0xFFFFFFFF
 
 
@@ -35,10 +35,11 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def augment_image(image: np.ndarray, size: int, augment: str, seed: int = 0, counter: int = 0) -> np.ndarray:
     """A square picture for training.
 
-    "none": the central square, resized. "stage1": a random square of the shorter side, resized to a random side t in
+    "none": the central square, resized. "jitter": the same, moved by up to a sixteenth of its side each way, its border
+    repeated; for small drawings. "stage1": a random square of the shorter side, resized to a random side t in
     [9/8 size, 12/8 size] (at most the shorter side), a random crop, a random flip. "stage2": a square from the middle
-    of the free range, t in [size, 9/8 size], a random crop, never a flip: text must stay readable. Pictures smaller than
-    `size` are enlarged.
+    of the free range, t in [size, 9/8 size], a random crop, never a flip: text must stay readable. Pictures smaller
+    than `size` are enlarged.
 
     Args:
         image: uint8 [H, W, 3].
@@ -60,6 +61,13 @@ def augment_image(image: np.ndarray, size: int, augment: str, seed: int = 0, cou
     if augment == "none":
         top, left = (height - short) // 2, (width - short) // 2
         return resize(image[top : top + short, left : left + short], size, size)
+    if augment == "jitter":
+        reach = max(size // 16, 1)
+        picture = augment_image(image, size, "none")
+        padded = np.pad(picture, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+        words = _words(seed, counter)
+        y, x = _between(words[0], 0, 2 * reach), _between(words[1], 0, 2 * reach)
+        return np.ascontiguousarray(padded[y : y + size, x : x + size])
     words = _words(seed, counter)
     if augment == "stage1":
         top, left = _between(words[0], 0, height - short), _between(words[1], 0, width - short)

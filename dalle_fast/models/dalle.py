@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..nn import TransformerBlock
+from ..nn import TransformerBlock, full_precision
 from ..ops import AttentionPattern, linear_cross_entropy
 
 
@@ -38,6 +38,8 @@ class DALLEConfig:
     """Side of the convolutional attention window of the last layer, odd."""
     text_loss_weight: float = 1 / 8
     """Share of the text cross-entropy in the loss; the image has the rest."""
+    dropout: float = 0.0
+    """Share of the channels of each branch that training drops; the paper has none. Small data sets want some."""
     predict_pads: bool = False
     """Whether text positions after the caption are trained to predict one extra "end" id."""
 
@@ -51,6 +53,8 @@ class DALLEConfig:
             raise ConfigError(f"grid: expected (height, width), both positive, got {self.grid!r}")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ConfigError(f"kernel: expected a positive odd int, got {self.kernel!r}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout: expected a number in [0, 1), got {self.dropout!r}")
         if not 0 <= self.text_loss_weight <= 1:
             raise ConfigError(f"text_loss_weight: expected a number in [0, 1], got {self.text_loss_weight!r}")
 
@@ -119,7 +123,7 @@ class DALLE(nn.Module):
         self.start_of_text = nn.Parameter(torch.empty(width))
         self.start_of_image = nn.Parameter(torch.empty(width))
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, config.num_heads, config.head_dim, config.pattern(i + 1))
+            TransformerBlock(width, config.num_heads, config.head_dim, config.pattern(i + 1), config.dropout)
             for i in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(width)
@@ -216,12 +220,12 @@ class DALLE(nn.Module):
 
     def text_logits(self, states: torch.Tensor) -> torch.Tensor:
         """Float32 logits over the BPE vocabulary (and "end" with predict_pads)."""
-        with torch.autocast(states.device.type, enabled=False):
+        with full_precision(states):
             return self.text_head(states.float())
 
     def image_logits(self, states: torch.Tensor) -> torch.Tensor:
         """Float32 logits over the codes."""
-        with torch.autocast(states.device.type, enabled=False):
+        with full_precision(states):
             return self.image_head(states.float())
 
     def text_targets(self, text: torch.Tensor) -> torch.Tensor:
@@ -242,7 +246,7 @@ class DALLE(nn.Module):
         text_states = states[:, :text_len].flatten(0, 1)
         image_states = states[:, text_len:].flatten(0, 1)
         targets = self.text_targets(text).flatten()
-        with torch.autocast(states.device.type, enabled=False):  # logits are 32-bit (section 2.4)
+        with full_precision(states):  # logits are 32-bit (section 2.4)
             counted = targets != -100
             if bool(counted.any()):
                 text_loss = linear_cross_entropy(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .dvae import Conv2d, DecoderBlock, EncoderBlock
 from .losses import categorical_kl, logit_laplace_nll, map_pixels, unmap_pixels
+from .precision import full_precision
 from .transformer import TransformerBlock
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "EncoderBlock",
     "TransformerBlock",
     "categorical_kl",
+    "full_precision",
     "logit_laplace_nll",
     "map_pixels",
     "unmap_pixels",

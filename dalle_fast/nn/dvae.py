@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .precision import full_precision
+
 
 class Conv2d(nn.Module):
     """Stride-1 convolution with an odd kernel and "same" padding; weight `w`, bias `b`.
@@ -29,7 +31,7 @@ class Conv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.full_precision:
-            with torch.autocast(x.device.type, enabled=False):
+            with full_precision(x):
                 return F.conv2d(x.float(), self.w, self.b, padding=self.kernel // 2)
         return F.conv2d(x, self.w, self.b, padding=self.kernel // 2)
 

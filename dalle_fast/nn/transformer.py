@@ -42,8 +42,11 @@ class SparseSelfAttention(nn.Module):
 class TransformerBlock(nn.Module):
     """An attention resblock and an MLP resblock; each recomputed in the backward pass when `checkpointing`."""
 
-    def __init__(self, width: int, num_heads: int, head_dim: int, pattern: AttentionPattern) -> None:
+    def __init__(
+        self, width: int, num_heads: int, head_dim: int, pattern: AttentionPattern, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = dropout
         self.norm_attention = nn.LayerNorm(width)
         self.attention = SparseSelfAttention(width, num_heads, head_dim, pattern)
         self.norm_mlp = nn.LayerNorm(width)
@@ -59,10 +62,11 @@ class TransformerBlock(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
+        branch = self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
+        return F.dropout(branch, self.dropout, self.training)
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attention(self.norm_attention(x))[0]
+        return F.dropout(self.attention(self.norm_attention(x))[0], self.dropout, self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, L, width] float32 -> the same."""

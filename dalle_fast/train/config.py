@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import tomli_w
 
+from ..data.augment import AUGMENTATIONS
 from ..errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -33,11 +34,11 @@ class DataConfig:
     split: str = "train"
     """"train", or "all" to train on the held-out combinations too."""
     augment: str = "none"
-    """"none", or the paper's crops: "stage1" (dVAE, with flips) and "stage2" (transformer, without)."""
+    """"none", "jitter" (small shifts), or the paper's crops: "stage1" (dVAE, flips too), "stage2" (transformer)."""
 
     def __post_init__(self) -> None:
-        if self.augment not in ("none", "stage1", "stage2"):
-            raise ConfigError(f"augment: expected none, stage1 or stage2, got {self.augment!r}")
+        if self.augment not in AUGMENTATIONS:
+            raise ConfigError(f"augment: expected one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}")
         if self.split not in ("train", "all"):
             raise ConfigError(f"split: expected train or all, got {self.split!r}")
 

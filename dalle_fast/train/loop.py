@@ -121,6 +121,7 @@ class Loop:
         part = config.batch_size // config.accumulate
         totals: dict[str, float] = {}
         for i in range(config.accumulate):
+            torch.manual_seed((config.seed * 0x9E3779B97F4A7C15 + step * config.accumulate + i) % 2**63)  # for dropout
             with torch.autocast(self.recipe.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 loss, metrics = self.recipe.loss(inputs, slice(i * part, (i + 1) * part), step)
             (loss / config.accumulate).backward()
@@ -230,7 +231,7 @@ class Loop:
         if self.ema is not None:
             average = read_tensors(folder / "ema.safetensors")
             names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-            self.ema = [average[name].to(p.device) for name, p in zip(names, self.parameters, strict=True)]
+            self.ema = [_laid_out_as(p, average[name]) for name, p in zip(names, self.parameters, strict=True)]
         file = folder / "optimizer.safetensors"
         _unpack_optimizer(self.optimizer, read_tensors(file) if file.exists() else {}, state["optimizer_groups"])
         self.step = state["step"]
@@ -395,6 +396,15 @@ def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the optimizer's state does not fit the model ({error})") from error
+    for p, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                entries[name] = _laid_out_as(p, value)
+
+
+def _laid_out_as(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value` with the strides of `p`: files hold contiguous tensors, and other strides round differently."""
+    return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -68,10 +68,10 @@ def sparse_attention(
                 f"{name}: expected [{batch}, heads, {length}, {head_dim}] for q of {list(q.shape)}, "
                 f"got {list(tensor.shape)}"
             )
-    if v.shape[1] != k.shape[1]:
-        raise ValueError(f"v: expected {k.shape[1]} heads as k has, got {v.shape[1]}")
     if k.shape[1] == 0 or num_heads % k.shape[1]:
         raise ValueError(f"k: expected a number of heads that divides the {num_heads} of q, got {k.shape[1]}")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"v: expected {k.shape[1]} heads as k has, got {v.shape[1]}")
     if head_dim == 0:
         raise ValueError(f"q: expected at least one channel, got shape {list(q.shape)}")
     if length > pattern.length:
