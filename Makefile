@@ -5,12 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: test lint cuda build setup clean help
+.PHONY: demo test bench lint cuda build setup clean help
 
 help:
+	@echo "make demo    train a small system on real data, about 16 minutes; writes runs/demo/report.html"
 	@echo "make test    build everything and run all tests"
+	@echo "make bench   time every op beside its peer"
 	@echo "make lint    ruff and clang-format"
 	@echo "make cuda    compile all CUDA code for sm_80 and sm_90a (needs nvcc)"
+
+demo: setup
+	$(BIN)/dalle-fast demo $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks -q --benchmark-disable-gc --benchmark-columns=min,median --benchmark-sort=name $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -48,7 +48,7 @@ def _small_dalle(source: str) -> DALLETrainConfig:
     return DALLETrainConfig(
         data=DataConfig(source=source),
         loop=LoopConfig(
-            steps=3000, batch_size=64, clip_norm=4.0, ema_decay=0.99, ema_every=5, sample_every=500, save_every=500
+            steps=3000, batch_size=64, clip_norm=4.0, ema_decay=0.95, ema_every=5, sample_every=500, save_every=500
         ),
         model=DALLEConfig(
             width=256,
@@ -59,6 +59,7 @@ def _small_dalle(source: str) -> DALLETrainConfig:
             text_len=24,
             image_vocab_size=256,
             grid=(8, 8),
+            dropout=0.2,  # 4,000 pictures, seen some twenty times: without it held-out loss turns up half-way
         ),
         learning_rate=1.5e-3,
         warmup_steps=150,

@@ -110,11 +110,11 @@ def _features(system: System, images: torch.Tensor, options: EvaluationOptions) 
     if options.inception:
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
+
+            net = NoTrainInceptionV3("inception-v3-compat", ["2048"], options.inception)
         except ImportError as error:
             raise ConfigError(f"inception: needs the packages torchmetrics and torch-fidelity ({error})") from error
-        try:
-            net = NoTrainInceptionV3("inception-v3-compat", ["2048"], options.inception)
-        except (OSError, RuntimeError, FileNotFoundError) as error:
+        except (OSError, RuntimeError) as error:
             raise ConfigError(f"inception: {options.inception} cannot be loaded ({error})") from error
         return "fid", torch.cat([net((part * 255).to(torch.uint8)).float() for part in images.split(64)])
     if system.clip is None:
