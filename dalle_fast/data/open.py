@@ -14,6 +14,10 @@ from .shapes import ShapesPairs
 
 
 @lru_cache(maxsize=8)
+def _built_in(source: str, split: str, size: int) -> PairDataset:
+    return EmojiPairs(split, size) if source == "emoji" else ShapesPairs(split, size)
+
+
 def open_dataset(source: str, split: str = "train", size: int = 32) -> PairDataset:
     """Opens "emoji", "shapes", a folder of pairs, or a .tar file (or a glob of several).
 
@@ -26,10 +30,8 @@ def open_dataset(source: str, split: str = "train", size: int = 32) -> PairDatas
         DataError: nothing of that name.
         ConfigError: unknown split.
     """
-    if source == "emoji":
-        return EmojiPairs(split, size)
-    if source == "shapes":
-        return ShapesPairs(split, size)
+    if source in ("emoji", "shapes"):
+        return _built_in(source, split, size)
     if source.endswith(".tar"):
         return TarPairs(source, split)
     if Path(source).is_dir():

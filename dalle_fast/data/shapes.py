@@ -88,12 +88,19 @@ def draw(things: list[Thing], size: int) -> np.ndarray:
     return picture.round().astype(np.uint8)
 
 
+def _words(seed: int, first: int, count: int) -> list[list[int]]:
+    """32 random words for each of the samples first, first + 1, ..."""
+    counter = torch.zeros(count, 8, 4, dtype=torch.int64)
+    index = torch.arange(first, first + count)[:, None]
+    counter[..., 0], counter[..., 1], counter[..., 2] = index & _WORD, index >> 32, torch.arange(8)
+    return philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD)).flatten(1).tolist()
+
+
 class _Draws:
     """Random numbers of one sample."""
 
-    def __init__(self, seed: int, index: int) -> None:
-        counter = torch.tensor([[index & _WORD, index >> 32, block, 0] for block in range(8)])
-        self._words = iter(philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD)).flatten().tolist())
+    def __init__(self, words: list[int]) -> None:
+        self._words = iter(words)
 
     def below(self, n: int) -> int:
         return next(self._words) * n >> 32
@@ -118,16 +125,20 @@ def _pair_is_heldout(first: tuple[str, str], relation: str, second: tuple[str, s
     return (*first, relation) in held or (*second, INVERSE[relation]) in held
 
 
-def _pair(d: _Draws, size: int, heldout: bool | None) -> tuple[list[Thing], str]:
-    colours, relation = list(COLOURS), d.pick(RELATIONS)
-    # walk from a random start to the next pair of the wanted kind
-    options = [
+@lru_cache(maxsize=16)
+def _pairs_of(relation: str, heldout: bool | None) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    return [
         (a, b)
-        for a in ((c, s) for c in colours for s in SHAPES)
-        for b in ((c, s) for c in colours for s in SHAPES)
+        for a in kinds
+        for b in kinds
         if a != b and (heldout is None or _pair_is_heldout(a, relation, b) == heldout)
     ]
-    first, second = d.pick(options)
+
+
+def _pair(d: _Draws, size: int, heldout: bool | None) -> tuple[list[Thing], str]:
+    relation = d.pick(RELATIONS)
+    first, second = d.pick(_pairs_of(relation, heldout))
     side = [round(d.between(0.28, 0.36) * size) for _ in range(2)]
     gap = max(2.0, 0.08 * size)
     along = [0.0, 0.0]  # first and second, along the relation
@@ -166,16 +177,9 @@ def _many(d: _Draws, size: int) -> tuple[list[Thing], str]:
     return things, f"{word} {colour} {shape}{'es' if shape == 'cross' else 's'}"
 
 
-def draw_sample(seed: int, index: int, size: int, heldout: bool | None) -> tuple[list[Thing], str]:
-    """Objects and caption of a sample, a pure function of the arguments.
-
-    Args:
-        seed: of the data set.
-        index: of the sample.
-        size: side of the picture in pixels.
-        heldout: True for pairs with a held-out combination, False without, None for both.
-    """
-    d = _Draws(seed, index)
+def _sample(words: list[int], size: int, heldout: bool | None) -> tuple[list[Thing], str]:
+    """Objects and caption; `heldout`: pairs with a held-out combination (True), without (False), both (None)."""
+    d = _Draws(words)
     kind = d.below(10)
     if heldout or kind < 7:
         return _pair(d, size, heldout)
@@ -206,21 +210,25 @@ class ShapesPairs:
         self.split = split
         self._length = num_samples or (512 if split in ("heldout", "seen") else 20_000)
         self._seed = (seed << 8) + {"train": 0, "heldout": 1, "seen": 2, "all": 3}[split]
-        made = [self._make(i) for i in range(self._length)]
+        made = [self._make(words) for words in _words(self._seed, 0, self._length)]
         self._things = [things for things, _ in made]
         self.captions = [caption for _, caption in made]
         self.keys = [f"{split}-{i:06d}" for i in range(self._length)]
+        self._drawn: dict[int, np.ndarray] = {}
 
-    def _make(self, index: int) -> tuple[list[Thing], str]:
+    def _make(self, words: list[int]) -> tuple[list[Thing], str]:
         if self.split == "seen":  # pairs only, like the held-out ones
-            return _pair(_Draws(self._seed, index), self.size, False)
-        return draw_sample(self._seed, index, self.size, {"train": False, "heldout": True, "all": None}[self.split])
+            return _pair(_Draws(words), self.size, False)
+        return _sample(words, self.size, {"train": False, "heldout": True, "all": None}[self.split])
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(draw(self._things[index], self.size), self.captions[index], self.keys[index])
+        picture = self._drawn.get(index)
+        if picture is None:
+            picture = self._drawn[index] = draw(self._things[index], self.size)
+        return Sample(picture, self.captions[index], self.keys[index])
 
     def fingerprint(self) -> str:
         """SHA-256 of captions and geometry."""

@@ -252,7 +252,7 @@ class Loop:
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        with _lock(self.run_dir), self._signals():
+        with _lock(self.run_dir), self._signals(), torch.random.fork_rng(devices=[]):
             resumed = self.resume(lambda text: None if self.quiet else print(text, flush=True))
             log = MetricsLog(self.run_dir / "metrics.jsonl", self.step)
             meter = Meter(self.recipe.kind, self.config.steps, self.step, quiet=self.quiet)
