@@ -106,7 +106,10 @@ def test_nan_and_inf_act_as_in_torch():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"tau": 0.0}, ValueError, "tau: expected a finite temperature > 0, got 0.0"),
+        ({"tau": 0.0}, ValueError, "tau: expected a finite temperature > 0 .*, got 0.0"),
+        ({"tau": 1e-40}, ValueError, "tau: expected a finite temperature > 0"),
+        ({"tau": "1"}, TypeError, "tau: expected a number, got '1'"),
+        ({"seed": 1.5}, TypeError, "seed: expected an int, got 1.5"),
         ({"tau": float("inf")}, ValueError, "tau"),
         ({"dim": 2}, ValueError, "dim: expected -2..1"),
         ({"seed": 2**64}, ValueError, "seed: expected a 64-bit integer"),

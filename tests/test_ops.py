@@ -157,6 +157,27 @@ def test_gradients_agree_with_finite_differences(room):
 
 
 @pytest.mark.parametrize("room", ROOM_PARAMS)
+def test_a_second_derivative_is_right_or_refused(room):
+    """Never silently zero: autograd takes an op without a derivative for a constant."""
+    if not room.differentiable:
+        pytest.skip("not differentiable")
+    args, kwargs = build(room, room.cases[0], torch.float32)
+    inputs = [t for t in tensors_of(args) if t.requires_grad]
+    out = sum(t.square().sum() for t in tensors_of(room.function(*args, **kwargs, backend="cpu")) if t.requires_grad)
+    grads = torch.autograd.grad(out, inputs, create_graph=True)
+    try:
+        actual = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+    except RuntimeError as error:
+        assert "has no second derivative" in str(error)
+        return
+    out = sum(t.square().sum() for t in tensors_of(room.reference(*args, **kwargs)) if t.requires_grad)
+    grads = torch.autograd.grad(out, inputs, create_graph=True)
+    expected = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, grad_tolerance(room, torch.float32))
+
+
+@pytest.mark.parametrize("room", ROOM_PARAMS)
 def test_the_result_does_not_depend_on_threads(room):
     before = torch.get_num_threads()
     try:

@@ -91,6 +91,18 @@ def test_state_survives_a_round_trip_bit_for_bit():
         assert torch.equal(optimizer.state[p]["ema"], resumed.state[q]["ema"])
 
 
+def test_a_deep_copy_goes_on_like_the_original():
+    p = torch.nn.Parameter(torch.ones(5))
+    optimizer = AdamW16([p], lr=1e-2)
+    twin = copy.deepcopy(optimizer)
+    (q,) = twin.param_groups[0]["params"]
+    for _ in range(2):
+        for x, o in ((p, optimizer), (q, twin)):
+            x.grad = torch.full((5,), 0.5)
+            o.step()
+    assert torch.equal(p, q)
+
+
 def test_strided_parameters_and_bfloat16_gradients():
     base = torch.randn(6, 10)
     strided = base.clone().t()

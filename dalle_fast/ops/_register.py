@@ -15,6 +15,15 @@ NAMESPACE = "dalle_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
+def no_second_derivative(op: str) -> dict[str, Callable]:
+    """`setup_context` and `backward` for a backward op: without them autograd would take its derivative for zero."""
+
+    def backward(ctx, *_):
+        raise RuntimeError(f'{op} has no second derivative; backend="reference" (plain torch) has one')
+
+    return {"setup_context": lambda ctx, inputs, output: None, "backward": backward}
+
+
 def register_op(
     name: str,
     schema: str,

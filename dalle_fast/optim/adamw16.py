@@ -69,8 +69,8 @@ class AdamW16(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "variance_clip": variance_clip,
             "ema_decay": ema_decay,
+            "backend": backend,
         }
-        self.backend = backend
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class AdamW16(torch.optim.Optimizer):
                     variance_clip=group["variance_clip"],
                     grad_scale=grad_scale,
                     ema_decay=group["ema_decay"] or 0.0,
-                    backend=self.backend,
+                    backend=group["backend"],
                 )
         return loss
 

@@ -12,6 +12,7 @@ from . import op
 from .reference import gumbel_softmax_reference
 
 _MAX_ROWS = 2**32
+_LEAST_TAU = 1e-30  # its inverse is a float32
 
 
 def gumbel_softmax(
@@ -69,10 +70,15 @@ def gumbel_softmax(
         raise TypeError(f"logits: expected a floating torch.Tensor, got {got}")
     if logits.dim() == 0:
         raise ValueError("logits: expected at least one dimension, got a scalar")
+    for name, value in (("seed", seed), ("offset", offset), ("row_offset", row_offset), ("dim", dim)):
+        if not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
     if not -logits.dim() <= dim < logits.dim():
         raise ValueError(f"dim: expected {-logits.dim()}..{logits.dim() - 1} for shape {list(logits.shape)}, got {dim}")
-    if not (tau > 0 and tau < math.inf):
-        raise ValueError(f"tau: expected a finite temperature > 0, got {tau}")
+    if not isinstance(tau, (int, float)):
+        raise TypeError(f"tau: expected a number, got {tau!r}")
+    if not _LEAST_TAU <= tau < math.inf:
+        raise ValueError(f"tau: expected a finite temperature > 0 (at least {_LEAST_TAU:g}), got {tau}")
     dim = dim % logits.dim()
     num_codes = logits.shape[dim]
     if hard and num_codes == 0:

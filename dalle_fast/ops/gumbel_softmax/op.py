@@ -12,7 +12,7 @@ import math
 import torch
 
 from .._backend import _C, stream_of
-from .._register import register_op
+from .._register import no_second_derivative, register_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,6 +92,7 @@ gumbel_softmax_backward = register_op(
     "(Tensor y, Tensor dy, float tau, int dim) -> Tensor",
     _softmax_backward,
     _softmax_backward_fake,
+    **no_second_derivative("gumbel_softmax"),
 )
 gumbel_softmax = register_op(
     "gumbel_softmax",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from .._backend import _C, stream_of
-from .._register import register_op
+from .._register import no_second_derivative, register_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -153,17 +153,12 @@ def _scale_fake(grad, dloss, dtype):
     return torch.empty_like(grad, dtype=dtype)
 
 
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError('linear_cross_entropy has no second derivative; backend="reference" (plain torch) has one')
-
-
 linear_cross_entropy_backward = register_op(
     "linear_cross_entropy_backward",
     "(Tensor grad, Tensor dloss, ScalarType dtype) -> Tensor",
     _scale,
     _scale_fake,
-    setup_context=lambda ctx, inputs, output: None,
-    backward=_no_second_derivative,
+    **no_second_derivative("linear_cross_entropy"),
 )
 linear_cross_entropy = register_op(
     "linear_cross_entropy",

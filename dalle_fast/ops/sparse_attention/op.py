@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from .._backend import _C, stream_of
-from .._register import register_op
+from .._register import no_second_derivative, register_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PATTERN = "int kind, int text_len, int height, int width, int extent, int kernel, int wraparound"
@@ -65,6 +65,7 @@ sparse_attention_backward = register_op(
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     _backward_kernel,
     _backward_fake,
+    **no_second_derivative("sparse_attention"),
 )
 sparse_attention = register_op(
     "sparse_attention",
