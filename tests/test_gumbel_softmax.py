@@ -8,6 +8,7 @@ import torch
 
 from dalle_fast.ops import _backend, gumbel_softmax
 from dalle_fast.ops.gumbel_softmax.reference import gumbel_noise
+from dalle_fast.ops.philox import philox4x32
 
 needs_extension = pytest.mark.skipif(_backend._C is None, reason=f"no extension: {_backend.EXTENSION_ERROR}")
 
@@ -27,6 +28,15 @@ needs_extension = pytest.mark.skipif(_backend._C is None, reason=f"no extension:
 )
 def test_the_scalar_generator_has_the_published_answers(counter, key, words):
     assert tuple(_backend._C.gumbel_softmax_philox(*counter, *key)) == words
+
+
+@needs_extension
+def test_the_scalar_generator_is_the_references_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    for words in torch.randint(0, 2**32, (200, 6), generator=generator).tolist():
+        *counter, k0, k1 = words
+        expected = philox4x32(torch.tensor(counter), (k0, k1)).tolist()
+        assert list(_backend._C.gumbel_softmax_philox(*counter, k0, k1)) == expected
 
 
 @pytest.mark.parametrize("layout", ["rows", "codes"])

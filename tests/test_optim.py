@@ -103,6 +103,22 @@ def test_a_deep_copy_goes_on_like_the_original():
     assert torch.equal(p, q)
 
 
+def test_a_checkpoint_without_a_backend_resumes_on_the_one_constructed():
+    p = torch.nn.Parameter(torch.ones(5))
+    p.grad = torch.ones(5)
+    optimizer = AdamW16([p], lr=1e-2)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["backend"]
+    resumed = AdamW16([p], lr=1.0, backend="reference")
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["backend"] == "reference"
+    assert resumed.param_groups[0]["lr"] == 1e-2
+    resumed.step()
+    assert int(resumed.state[p]["step"]) == 2
+
+
 def test_strided_parameters_and_bfloat16_gradients():
     base = torch.randn(6, 10)
     strided = base.clone().t()

@@ -22,7 +22,8 @@ class AdamW16(torch.optim.Optimizer):
     Args:
         params: float32 parameters, or groups.
         lr: step size.
-        betas: decay of mean and variance.
+        betas: decay of mean and variance. A change below half a unit in the last place of a code is rounded away, so a
+            variance stops falling for betas[1] > 1 - 2^-11 and a mean for betas[0] > 1 - 2^-10 (about 0.9995, 0.999).
         eps: added to the root of the variance.
         weight_decay: decoupled.
         variance_clip: running variances are clipped to this value before they are used or kept.
@@ -128,8 +129,14 @@ class AdamW16(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, but the 16-bit codes keep their dtype (torch casts all state to the parameter's)."""
+        """As in torch.optim, but the 16-bit codes keep their dtype (torch casts all state to the parameter's).
+
+        `backend` stays as constructed: it belongs to this machine, and older checkpoints do not hold one.
+        """
+        backends = [group["backend"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, backend in zip(self.param_groups, backends, strict=True):
+            group["backend"] = backend
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):

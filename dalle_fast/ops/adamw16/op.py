@@ -44,12 +44,15 @@ def _step(
         1 - ema_decay,
     )
     for i, param in enumerate(params):
-        # elementwise, so any one layout will do; what is not contiguous travels through a copy
-        mutated = [param, means[i], variances[i], *([emas[i]] if emas else [])]
-        dense = [tensor.contiguous() for tensor in mutated]
-        flat = [tensor.view(-1) for tensor in dense]
         grad = grads[i].to(torch.float32) if grads[i].dtype == torch.float64 else grads[i]
-        _C.adamw16_step(*flat[:3], flat[3] if emas else None, grad.reshape(-1).contiguous(), *scalars, stream_of(param))
+        mutated = (param, means[i], variances[i], emas[i] if emas else None)
+        stream = stream_of(param)
+        if grad.is_contiguous() and all(tensor is None or tensor.is_contiguous() for tensor in mutated):
+            _C.adamw16_step(*mutated, grad, *scalars, stream)
+            continue
+        # elementwise, so any one layout will do; what is not contiguous travels through a copy
+        dense = [tensor if tensor is None else tensor.contiguous() for tensor in mutated]
+        _C.adamw16_step(*dense, grad.contiguous(), *scalars, stream)
         for tensor, copy in zip(mutated, dense, strict=True):
             if copy is not tensor:
                 tensor.copy_(copy)
