@@ -84,9 +84,7 @@ void task(const Params& p, int64_t b, int64_t kv, const float* slots, int64_t nu
   __builtin_memmove(new_k, row3<T>(p.k, b, kv), static_cast<std::size_t>(p.head_dim) * sizeof(T));
   __builtin_memmove(new_v, row3<T>(p.v, b, kv), static_cast<std::size_t>(p.head_dim) * sizeof(T));
 
-  const auto slot = [&](int64_t i) {
-    return static_cast<int64_t>(bit_cast<int32_t>(slots[i]));
-  };
+  const auto slot = [&](int64_t i) { return static_cast<int64_t>(bit_cast<int32_t>(slots[i])); };
   const int64_t group = p.num_heads / p.num_kv_heads;
   for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
     const T* from = row3<T>(p.q, b, h);
@@ -107,8 +105,8 @@ void task(const Params& p, int64_t b, int64_t kv, const float* slots, int64_t nu
       sum += e;
     }
     accumulate<T>(o, s, [&](int64_t i) { return row4<T>(p.text_v, text_b, kv, i); }, num_text, p.head_dim);
-    accumulate<T>(o, s + num_text, [&](int64_t i) { return row4<T>(p.image_v, b, kv, slot(i)); }, num_image,
-                  p.head_dim);
+    accumulate<T>(
+        o, s + num_text, [&](int64_t i) { return row4<T>(p.image_v, b, kv, slot(i)); }, num_image, p.head_dim);
     const VecF factor = splat(1.0f / hsum(sum));
     T* out = row3<T>(p.out, b, h);
     int64_t d = 0;
@@ -132,8 +130,8 @@ void run(const Params& p) {
   const int64_t keys = (p.position < p.pattern.text_len ? p.position + 1 : p.pattern.text_len) + count;
   const bool threads = p.batch * p.num_heads * keys * p.head_dim >= 4 * kSerialBelow;
   parallel_for(
-      p.batch * p.num_kv_heads,
-      [&](int64_t i) { task<T>(p, i / p.num_kv_heads, i % p.num_kv_heads, slots, count); }, threads);
+      p.batch * p.num_kv_heads, [&](int64_t i) { task<T>(p, i / p.num_kv_heads, i % p.num_kv_heads, slots, count); },
+      threads);
 }
 
 }  // namespace

@@ -62,25 +62,25 @@ void bind_gumbel_softmax(pybind11::module_& m) {
     run_on_cpu(logits.device, [&] { gumbel_softmax::argmax_cpu(params); });
   });
 
-  m.def("gumbel_softmax_backward", [](const TensorArg& dlogits_arg, const TensorArg& y_arg, const TensorArg& dy_arg,
-                                      double tau, std::uintptr_t) {
-    const TensorRef y = y_arg.as("y");
-    const TensorRef dy = dy_arg.as("dy");
-    const TensorRef dlogits = dlogits_arg.as("dlogits");
-    check_main(y, "y");
-    check_like(dy, "dy", y, "y");
-    check_like(dlogits, "dlogits", y, "y");
-    gumbel_softmax::BackwardParams params{};
-    params.dlogits = dlogits.data;
-    params.y = y.data;
-    params.dy = dy.data;
-    params.outer = y.shape[0];
-    params.num_codes = y.shape[1];
-    params.inner = y.shape[2];
-    params.inverse_tau = static_cast<float>(1.0 / tau);
-    params.dtype = y.dtype;
-    run_on_cpu(y.device, [&] { gumbel_softmax::backward_cpu(params); });
-  });
+  m.def("gumbel_softmax_backward",
+        [](const TensorArg& dlogits_arg, const TensorArg& y_arg, const TensorArg& dy_arg, double tau, std::uintptr_t) {
+          const TensorRef y = y_arg.as("y");
+          const TensorRef dy = dy_arg.as("dy");
+          const TensorRef dlogits = dlogits_arg.as("dlogits");
+          check_main(y, "y");
+          check_like(dy, "dy", y, "y");
+          check_like(dlogits, "dlogits", y, "y");
+          gumbel_softmax::BackwardParams params{};
+          params.dlogits = dlogits.data;
+          params.y = y.data;
+          params.dy = dy.data;
+          params.outer = y.shape[0];
+          params.num_codes = y.shape[1];
+          params.inner = y.shape[2];
+          params.inverse_tau = static_cast<float>(1.0 / tau);
+          params.dtype = y.dtype;
+          run_on_cpu(y.device, [&] { gumbel_softmax::backward_cpu(params); });
+        });
 
   // The scalar generator itself, for its published known answers.
   m.def("gumbel_softmax_philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {

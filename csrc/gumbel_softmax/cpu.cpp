@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Two layouts. Codes dense: a vector holds neighbouring codes; kLanes generators make 4 kLanes codes, which a small
 // buffer puts in order. Rows dense: a vector holds the same code of neighbouring rows, and a generator's four words are
-// four codes. Per block of rows the perturbed logits wait in scratch (V floats a row), so memory is read and written once.
+// four codes. Per block of rows the perturbed logits wait in scratch (V floats a row), so memory is read and written
+// once.
 #include "gumbel_softmax.h"
 
 #include "../core/parallel.h"
@@ -124,8 +125,8 @@ void soft_rows(const Params& p, int64_t o, int64_t i0) {
   VecF best = splat(-__builtin_inff());
   VecI nan = {};
   for (int64_t c = 0; c < p.num_codes; c += 4) {
-    const PhiloxLanes words = philox_lanes(splat_u(static_cast<uint32_t>(c / 4)), row, splat_u(key.c2),
-                                           splat_u(key.c3), key.k0, key.k1);
+    const PhiloxLanes words =
+        philox_lanes(splat_u(static_cast<uint32_t>(c / 4)), row, splat_u(key.c2), splat_u(key.c3), key.k0, key.k1);
     for (int w = 0; w < 4 && c + w < p.num_codes; ++w) {
       const VecF v = load_rows(in + (c + w) * p.inner, n) + gumbel(words.word[w]);
       best = vmax(v, best);
@@ -156,8 +157,8 @@ void hard_rows(const Params& p, int64_t o, int64_t i0) {
   VecF best = {};
   VecI at = {};
   for (int64_t c = 0; c < p.num_codes; c += 4) {
-    const PhiloxLanes words = philox_lanes(splat_u(static_cast<uint32_t>(c / 4)), row, splat_u(key.c2),
-                                           splat_u(key.c3), key.k0, key.k1);
+    const PhiloxLanes words =
+        philox_lanes(splat_u(static_cast<uint32_t>(c / 4)), row, splat_u(key.c2), splat_u(key.c3), key.k0, key.k1);
     for (int w = 0; w < 4 && c + w < p.num_codes; ++w) {
       const VecF v = load_rows(in + (c + w) * p.inner, n) + gumbel(words.word[w]);
       const VecI first = splat_i(c + w == 0 ? -1 : 0);
@@ -216,8 +217,7 @@ void backward_rows(const BackwardParams& p, int64_t o, int64_t i0) {
   VecF sum = {};
   for (int64_t c = 0; c < p.num_codes; ++c) sum += load_rows(y + c * p.inner, n) * load_rows(dy + c * p.inner, n);
   for (int64_t c = 0; c < p.num_codes; ++c) {
-    const VecF v =
-        load_rows(y + c * p.inner, n) * (load_rows(dy + c * p.inner, n) - sum) * splat(p.inverse_tau);
+    const VecF v = load_rows(y + c * p.inner, n) * (load_rows(dy + c * p.inner, n) - sum) * splat(p.inverse_tau);
     n == kLanes ? storeu(out + c * p.inner, v) : store_n(out + c * p.inner, v, n);
   }
 }

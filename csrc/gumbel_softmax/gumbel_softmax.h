@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Gumbel-softmax over [outer, V, inner], contiguous; row r = outer index * inner + inner index. With inner = 1 the codes
-// are dense, otherwise neighbouring rows are. Noise: key = seed, counter = (c / 4, row_offset + r, offset), word c % 4.
+// Gumbel-softmax over [outer, V, inner], contiguous; row r = outer index * inner + inner index. With inner = 1 the
+// codes are dense, otherwise neighbouring rows are. Noise: key = seed, counter = (c / 4, row_offset + r, offset), word
+// c % 4.
 #pragma once
 
 #include <cstdint>

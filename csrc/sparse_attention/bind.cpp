@@ -52,13 +52,13 @@ sparse_attention::Params common(const TensorArg& q_arg, const TensorArg& k_arg, 
 }  // namespace
 
 void bind_sparse_attention(pybind11::module_& m) {
-  m.def("sparse_attention_forward", [](const TensorArg& out, const TensorArg& lse, const TensorArg& q,
-                                       const TensorArg& k, const TensorArg& v, double scale, const PatternArg& pattern,
-                                       std::uintptr_t) {
-    Device device;
-    const sparse_attention::Params params = common(q, k, v, out, lse, scale, pattern, &device);
-    run_on_cpu(device, [&] { sparse_attention::forward_cpu(params); });
-  });
+  m.def("sparse_attention_forward",
+        [](const TensorArg& out, const TensorArg& lse, const TensorArg& q, const TensorArg& k, const TensorArg& v,
+           double scale, const PatternArg& pattern, std::uintptr_t) {
+          Device device;
+          const sparse_attention::Params params = common(q, k, v, out, lse, scale, pattern, &device);
+          run_on_cpu(device, [&] { sparse_attention::forward_cpu(params); });
+        });
 
   m.def("sparse_attention_backward",
         [](const TensorArg& dq, const TensorArg& dk, const TensorArg& dv, const TensorArg& dout, const TensorArg& out,

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
 // Tiles of queries against the keys they may see: all text, and one contiguous range of image keys. For the column
 // pattern the image is packed column by column, so that its range is contiguous too; no tensor is transposed outside of
-// the packed copy. Inside a tile, S = Q K^T and O = P V are one micro-kernel (rows x vectors of accumulators), and what a
-// query may not see is masked by a table over (key - query), so no index arithmetic runs per pair.
+// the packed copy. Inside a tile, S = Q K^T and O = P V are one micro-kernel (rows x vectors of accumulators), and what
+// a query may not see is masked by a table over (key - query), so no index arithmetic runs per pair.
 //
-// One task is a (batch, key-value head): it packs keys and values once in float32 and serves all heads of its group. The
-// backward pass recomputes P from the log-sum-exp and adds up dk and dv tile by tile in a fixed order.
+// One task is a (batch, key-value head): it packs keys and values once in float32 and serves all heads of its group.
+// The backward pass recomputes P from the log-sum-exp and adds up dk and dv tile by tile in a fixed order.
 #include "sparse_attention.h"
 
 #include "../core/parallel.h"
@@ -18,9 +18,9 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 
 namespace {
 
-constexpr int64_t kTile = 32;                      // queries of a tile
-constexpr int kRows = 4;                           // of the micro-kernel
-constexpr int kVecs = kLanes == 16 ? 4 : 2;        // 16 or 8 accumulators
+constexpr int64_t kTile = 32;                // queries of a tile
+constexpr int kRows = 4;                     // of the micro-kernel
+constexpr int kVecs = kLanes == 16 ? 4 : 2;  // 16 or 8 accumulators
 constexpr int64_t kPanel = kVecs * kLanes;
 const float kMinusInf = -__builtin_inff();
 
@@ -69,8 +69,8 @@ void gemm(float* c, int64_t ldc, const float* a, int64_t a_row, int64_t a_k, con
 // Image positions in packed order. Column pattern: column by column, `height` slots each; a prefix leaves some empty.
 struct Layout {
   const Pattern* pattern;
-  int64_t num_text;   // text positions that exist
-  int64_t num_image;  // image positions that exist, the first in raster order
+  int64_t num_text;    // text positions that exist
+  int64_t num_image;   // image positions that exist, the first in raster order
   int64_t image_base;  // packed index of the first image slot
   int64_t slots;       // packed slots in all
   bool by_column;

@@ -18,7 +18,7 @@ struct Tensor4 {
 
 struct Params {
   Tensor4 q, k, v, out;
-  float* lse;  // [B, H, L], ln of the softmax's denominator
+  float* lse;                // [B, H, L], ln of the softmax's denominator
   Tensor4 dout, dq, dk, dv;  // backward only
   int64_t batch;
   int64_t num_heads;
