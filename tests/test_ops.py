@@ -196,7 +196,7 @@ def test_the_result_does_not_depend_on_threads(room):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("level", [0, 3, 4])
+@pytest.mark.parametrize("level", [0, 3, 4, 5, 6])
 @pytest.mark.parametrize("room", ROOM_PARAMS)
 def test_every_cpu_level_is_right(room, level):
     if level > _backend._C.best_cpu_level():

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// One CPU source, up to three builds of it (baseline, AVX2, AVX-512), chosen once at run time.
+// One CPU source, up to three builds of it (baseline, AVX2, AVX-512), chosen once at run time. A room may have a
+// cpu_bf16.cpp besides, for processors that multiply bfloat16 (AVX512-BF16 dot products, AMX tiles).
 #pragma once
 
 namespace dalle_fast {
 
-enum class CpuLevel : int { kPortable = 0, kV3 = 3, kV4 = 4 };
+enum class CpuLevel : int { kPortable = 0, kV3 = 3, kV4 = 4, kBf16 = 5, kAmx = 6 };
 
 CpuLevel best_cpu_level();           // what this processor and this build both have
 CpuLevel cpu_level();                // what is in use
@@ -26,6 +27,8 @@ void set_cpu_level(CpuLevel level);  // for tests; clamps to best_cpu_level()
   }                                                                        \
   inline void fn##_cpu(const Params& params) {                             \
     switch (::dalle_fast::cpu_level()) {                                   \
+      case ::dalle_fast::CpuLevel::kAmx:                                   \
+      case ::dalle_fast::CpuLevel::kBf16:                                  \
       case ::dalle_fast::CpuLevel::kV4: return v4::fn(params);             \
       case ::dalle_fast::CpuLevel::kV3: return v3::fn(params);             \
       case ::dalle_fast::CpuLevel::kPortable: return portable::fn(params); \
@@ -37,4 +40,20 @@ void set_cpu_level(CpuLevel level);  // for tests; clamps to best_cpu_level()
   void fn(const Params&);           \
   }                                 \
   inline void fn##_cpu(const Params& params) { portable::fn(params); }
+#endif
+
+// Declares bf16::fn of cpu_bf16.cpp, and fn_bf16, which says whether it ran: false asks for fn_cpu.
+#if defined(DF_HAVE_BF16_LEVEL)
+#define DF_BF16_LAUNCHER(fn, Params)                                             \
+  namespace v4_bf16 {                                                            \
+  void fn(const Params&);                                                        \
+  }                                                                              \
+  inline bool fn##_bf16(const Params& params) {                                  \
+    if (::dalle_fast::cpu_level() < ::dalle_fast::CpuLevel::kBf16) return false; \
+    v4_bf16::fn(params);                                                         \
+    return true;                                                                 \
+  }
+#else
+#define DF_BF16_LAUNCHER(fn, Params) \
+  inline bool fn##_bf16(const Params&) { return false; }
 #endif

@@ -57,7 +57,10 @@ void bind_sparse_attention(pybind11::module_& m) {
            double scale, const PatternArg& pattern, std::uintptr_t) {
           Device device;
           const sparse_attention::Params params = common(q, k, v, out, lse, scale, pattern, &device);
-          run_on_cpu(device, [&] { sparse_attention::forward_cpu(params); });
+          run_on_cpu(device, [&] {
+            if (params.dtype == DType::kBFloat16 && sparse_attention::forward_bf16(params)) return;
+            sparse_attention::forward_cpu(params);
+          });
         });
 
   m.def("sparse_attention_backward",
@@ -71,7 +74,10 @@ void bind_sparse_attention(pybind11::module_& m) {
           params.dq = read4(dq, "dq", first, params.num_heads);
           params.dk = read4(dk, "dk", first, params.num_kv_heads);
           params.dv = read4(dv, "dv", first, params.num_kv_heads);
-          run_on_cpu(device, [&] { sparse_attention::backward_cpu(params); });
+          run_on_cpu(device, [&] {
+            if (params.dtype == DType::kBFloat16 && sparse_attention::backward_bf16(params)) return;
+            sparse_attention::backward_cpu(params);
+          });
         });
 
   // csrc/scalar/pattern.h itself, for the test against AttentionPattern.mask().

@@ -10,6 +10,7 @@
 
 #include "../core/parallel.h"
 #include "../core/simd.h"
+#include "tiles.h"
 
 namespace dalle_fast::sparse_attention {
 namespace DF_CPU_NAMESPACE {
@@ -18,13 +19,9 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 
 namespace {
 
-constexpr int64_t kTile = 32;                // queries of a tile
 constexpr int kRows = 4;                     // of the micro-kernel
 constexpr int kVecs = kLanes == 16 ? 4 : 2;  // 16 or 8 accumulators
 constexpr int64_t kPanel = kVecs * kLanes;
-const float kMinusInf = -__builtin_inff();
-
-DF_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // ---- C[M, N] (+)= A[M, K] B[K, N]; B and C rows are dense; N counts whole vectors, the memory behind is there
 
@@ -63,101 +60,6 @@ void gemm(float* c, int64_t ldc, const float* a, int64_t a_row, int64_t a_k, con
     micro_rows<kVecs, kAdd>(c + n, ldc, a, a_row, a_k, b + n, ldb, rows, depth);
   for (; n < columns; n += kLanes) micro_rows<1, kAdd>(c + n, ldc, a, a_row, a_k, b + n, ldb, rows, depth);
 }
-
-// ---- geometry
-
-// Image positions in packed order. Column pattern: column by column, `height` slots each; a prefix leaves some empty.
-struct Layout {
-  const Pattern* pattern;
-  int64_t num_text;    // text positions that exist
-  int64_t num_image;   // image positions that exist, the first in raster order
-  int64_t image_base;  // packed index of the first image slot
-  int64_t slots;       // packed slots in all
-  bool by_column;
-
-  explicit Layout(const Params& p) : pattern(&p.pattern) {
-    num_text = p.length < p.pattern.text_len ? p.length : p.pattern.text_len;
-    num_image = p.length - num_text;
-    by_column = p.pattern.kind == PatternKind::kColumn;
-    image_base = round_up(num_text, kLanes);
-    slots = image_base + (by_column && num_image ? p.pattern.image_len() : num_image);
-  }
-  int64_t packed(int64_t image) const {
-    if (!by_column) return image_base + image;
-    return image_base + image % pattern->width * pattern->height + image / pattern->width;
-  }
-  int64_t column_len(int64_t column) const {
-    return num_image > column ? (num_image - column - 1) / pattern->width + 1 : 0;
-  }
-};
-
-// A tile: queries first, first + step, ... of the stream, and the image keys [key_begin, key_end) in packed order
-// relative to image_base; `local` is the packed index of its first query, likewise relative.
-struct Tile {
-  int64_t first, step, count;
-  bool text;
-  int64_t local, key_begin, key_end;
-};
-
-template <typename F>
-DF_INLINE void for_each_tile(const Layout& layout, F&& f) {
-  const Pattern& pattern = *layout.pattern;
-  for (int64_t q = 0; q < layout.num_text; q += kTile) {
-    const int64_t count = layout.num_text - q < kTile ? layout.num_text - q : kTile;
-    f(Tile{q, 1, count, true, q, 0, q + count});
-  }
-  if (layout.by_column) {
-    for (int64_t column = 0; column < pattern.width; ++column) {
-      const int64_t length = layout.column_len(column), base = column * pattern.height;
-      for (int64_t r = 0; r < length; r += kTile) {
-        const int64_t count = length - r < kTile ? length - r : kTile;
-        f(Tile{pattern.text_len + r * pattern.width + column, pattern.width, count, false, base + r, base,
-               base + r + count});
-      }
-    }
-    return;
-  }
-  for (int64_t q = 0; q < layout.num_image; q += kTile) {
-    const int64_t count = layout.num_image - q < kTile ? layout.num_image - q : kTile;
-    f(Tile{pattern.text_len + q, 1, count, false, q, first_image_key(pattern, q), q + count});
-  }
-}
-
-// allowed[phase][key - query + shift] in packed order: 0 or -Inf. Only a conv window that respects row ends needs a
-// phase per column of the query.
-struct BiasTable {
-  float* data;
-  int64_t shift, row, phases;
-
-  static int64_t size(const Pattern& p, int64_t n) { return phases_of(p) * row_of(n); }
-  static int64_t phases_of(const Pattern& p) { return p.kind == PatternKind::kConv && !p.wraparound ? p.width : 1; }
-  static int64_t row_of(int64_t n) { return 2 * n + 2 * kTile + 2 * kLanes; }
-
-  BiasTable(float* memory, const Layout& layout)
-      : data(memory), shift(layout.num_image + kTile), row(row_of(layout.num_image)) {
-    const Pattern& p = *layout.pattern;
-    phases = phases_of(p);
-    for (int64_t phase = 0; phase < phases; ++phase) {
-      float* table = data + phase * row;
-      for (int64_t i = 0; i < row; ++i) table[i] = kMinusInf;
-      for (int64_t back = 0; back <= layout.num_image; ++back) {
-        bool yes = true;  // column: the tile's range stays in its column
-        if (p.kind == PatternKind::kRow) yes = back < p.extent;
-        if (p.kind == PatternKind::kConv) yes = conv_allows(p, phase, back);
-        if (yes) table[shift - back] = 0.0f;
-      }
-    }
-  }
-  // a query of column `phase`, far enough down, and the key `back` before it
-  static bool conv_allows(const Pattern& p, int64_t phase, int64_t back) {
-    const int64_t q = p.width * (back / p.width + 2) + phase;
-    return image_may_attend(p, q, q - back);
-  }
-  const float* of(int64_t query, int64_t key_begin) const {
-    const int64_t phase = phases == 1 ? 0 : query % phases;
-    return data + phase * row + (key_begin - query + shift);
-  }
-};
 
 // ---- memory of a task
 
@@ -205,37 +107,7 @@ DF_INLINE Workspace carve(const Params& p, const Layout& layout, bool backward) 
   return w;
 }
 
-template <typename T>
-DF_INLINE const T* row_of(const Tensor4& t, int64_t b, int64_t h, int64_t l) {
-  return static_cast<const T*>(t.data) + b * t.stride_b + h * t.stride_h + l * t.stride_l;
-}
-
-template <typename T>
-DF_INLINE void load_row(float* to, const T* from, int64_t n, int64_t padded, float factor = 1.0f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) storeu(to + i, loadu(from + i) * splat(factor));
-  if (i < n) {
-    storeu(to + i, load_n(from + i, static_cast<int>(n - i)) * splat(factor));
-    i += kLanes;
-  }
-  for (; i < padded; i += kLanes) storeu(to + i, VecF{});
-}
-
-template <typename T>
-DF_INLINE void store_row(T* to, const float* from, int64_t n, float factor = 1.0f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) storeu(to + i, loadu(from + i) * splat(factor));
-  if (i < n) store_n(to + i, loadu(from + i) * splat(factor), static_cast<int>(n - i));
-}
-
 DF_INLINE void zero(float* to, int64_t n) { __builtin_memset(to, 0, static_cast<std::size_t>(n) * sizeof(float)); }
-
-// f(stream position, packed slot) of every position
-template <typename F>
-DF_INLINE void for_each_position(const Layout& layout, F&& f) {
-  for (int64_t l = 0; l < layout.num_text; ++l) f(l, l);
-  for (int64_t i = 0; i < layout.num_image; ++i) f(layout.pattern->text_len + i, layout.packed(i));
-}
 
 template <typename T>
 void pack_rows(float* rows, const Workspace& w, const Layout& layout, const Tensor4& t, int64_t b, int64_t h,
@@ -332,7 +204,7 @@ void forward_tile(const Params& p, const Layout& layout, const Workspace& w, con
 
 template <typename T>
 void run_forward(const Params& p) {
-  const Layout layout(p);
+  const Layout layout(p, kLanes);
   const int64_t group = p.num_heads / p.num_kv_heads;
   parallel_for(p.batch * p.num_kv_heads, [&](int64_t task) {
     const int64_t b = task / p.num_kv_heads, kv = task % p.num_kv_heads;
@@ -392,7 +264,7 @@ void backward_tile(const Params& p, const Layout& layout, const Workspace& w, co
 
 template <typename T>
 void run_backward(const Params& p) {
-  const Layout layout(p);
+  const Layout layout(p, kLanes);
   const int64_t group = p.num_heads / p.num_kv_heads;
   parallel_for(p.batch * p.num_kv_heads, [&](int64_t task) {
     const int64_t b = task / p.num_kv_heads, kv = task % p.num_kv_heads;

@@ -38,6 +38,8 @@ struct MaskParams {
 
 DF_CPU_LAUNCHER(forward, Params)
 DF_CPU_LAUNCHER(backward, Params)
+DF_BF16_LAUNCHER(forward, Params)
+DF_BF16_LAUNCHER(backward, Params)
 DF_CPU_LAUNCHER(mask, MaskParams)
 
 }  // namespace dalle_fast::sparse_attention

@@ -136,10 +136,16 @@ def _pairs_of(relation: str, heldout: bool | None) -> list[tuple[tuple[str, str]
     ]
 
 
+def _snap(length: float, size: int) -> int:
+    """To a sixteenth of the picture, so that a small dVAE meets an outline often enough to learn it."""
+    step = max(size // 16, 1)
+    return round(length / step) * step
+
+
 def _pair(d: _Draws, size: int, heldout: bool | None) -> tuple[list[Thing], str]:
     relation = d.pick(RELATIONS)
     first, second = d.pick(_pairs_of(relation, heldout))
-    side = [round(d.between(0.28, 0.36) * size) for _ in range(2)]
+    side = [_snap(d.between(0.28, 0.4) * size, size) for _ in range(2)]
     gap = max(2.0, 0.08 * size)
     along = [0.0, 0.0]  # first and second, along the relation
     free = size - side[0] - side[1] - gap
@@ -152,27 +158,27 @@ def _pair(d: _Draws, size: int, heldout: bool | None) -> tuple[list[Thing], str]
     things = []
     for (colour, shape), a, c, s in zip((first, second), along, across, side, strict=True):
         x, y = (a, c) if horizontal else (c, a)
-        things.append(Thing(colour, shape, round(x), round(y), s))
+        things.append(Thing(colour, shape, _snap(x, size), _snap(y, size), s))
     caption = f"a {first[0]} {first[1]} {relation} a {second[0]} {second[1]}"
     return things, caption
 
 
 def _one(d: _Draws, size: int) -> tuple[list[Thing], str]:
     colour, shape, large = d.pick(list(COLOURS)), d.pick(SHAPES), d.below(2)
-    side = round((_LARGE if large else _SMALL) * size)
-    x, y = (round(d.between(0.06 * size, 0.94 * size - side)) for _ in range(2))
+    side = _snap((_LARGE if large else _SMALL) * size, size)
+    x, y = (_snap(d.between(0.06 * size, 0.94 * size - side), size) for _ in range(2))
     return [Thing(colour, shape, x, y, side)], f"a {'large' if large else 'small'} {colour} {shape}"
 
 
 def _many(d: _Draws, size: int) -> tuple[list[Thing], str]:
     colour, shape, word = d.pick(list(COLOURS)), d.pick(SHAPES), d.pick(list(COUNTS))
-    side = round(0.28 * size)
+    side = _snap(0.3 * size, size)
     corners = [(0.08, 0.08), (0.58, 0.08), (0.08, 0.58), (0.58, 0.58)]
     skip = d.below(4)
     places = [c for i, c in enumerate(corners) if i != skip][: COUNTS[word]]
     things = []
     for cx, cy in places:
-        x, y = (round((c + d.between(0, 0.06)) * size) for c in (cx, cy))
+        x, y = (_snap((c + d.between(0, 0.06)) * size, size) for c in (cx, cy))
         things.append(Thing(colour, shape, x, y, side))
     return things, f"{word} {colour} {shape}{'es' if shape == 'cross' else 's'}"
 

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: MIT
+// Products of bfloat16 matrices on AVX512-BF16 dot products, or on AMX tiles where `amx` says so. For cpu_bf16.cpp
+// files.
+//
+// "Pairs": a matrix B[K, N] as 32-bit words [K / 2, N], the low half of word (k, n) B[2k, n], the high half B[2k + 1,
+// n].
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd.h"
+
+namespace dalle_fast {
+namespace DF_CPU_NAMESPACE {
+
+constexpr int64_t kBlock = 32;  // columns and depth of all products are multiples of it, rows of half of it
+
+// ---- AMX: eight tiles of 16 rows of 64 bytes
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Sets up this thread's tiles for a scope.
+class TileScope {
+ public:
+  explicit TileScope(bool amx) : amx_(amx) {
+    if (!amx_) return;
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.rows[i] = 16;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~TileScope() {
+    if (amx_) _tile_release();
+  }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+
+ private:
+  bool amx_;
+};
+
+// 16 or 32 rows, 32 columns
+template <bool kAdd, bool kBoth>
+DF_INLINE void block_amx(float* c, int64_t ldc, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                         int64_t depth) {
+  const int64_t c_bytes = ldc * 4, a_bytes = lda * 2, b_bytes = ldb * 4;
+  float* const c2 = c + 16 * ldc;
+  if (kAdd) {
+    _tile_loadd(0, c, c_bytes);
+    _tile_loadd(1, c + 16, c_bytes);
+    if (kBoth) _tile_loadd(2, c2, c_bytes);
+    if (kBoth) _tile_loadd(3, c2 + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (kBoth) _tile_zero(2);
+    if (kBoth) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += kBlock) {
+    _tile_loadd(6, b + k / 2 * ldb, b_bytes);
+    _tile_loadd(4, a + k, a_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + k / 2 * ldb + 16, b_bytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if (kBoth) _tile_loadd(5, a + 16 * lda + k, a_bytes);
+    if (kBoth) _tile_dpbf16ps(2, 5, 6);
+    if (kBoth) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + 16, c_bytes);
+  if (kBoth) _tile_stored(2, c2, c_bytes);
+  if (kBoth) _tile_stored(3, c2 + 16, c_bytes);
+}
+
+template <bool kAdd>
+DF_INLINE void block_dot(float* c, int64_t ldc, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                         int64_t rows, int64_t depth) {
+  constexpr int kRows = 8;
+  for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+    __m512 acc[kRows][2];
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < 2; ++v) acc[r][v] = kAdd ? _mm512_loadu_ps(c + (r0 + r) * ldc + v * 16) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < depth / 2; ++k) {
+      const __m512bh low = (__m512bh)_mm512_loadu_si512(b + k * ldb);
+      const __m512bh high = (__m512bh)_mm512_loadu_si512(b + k * ldb + 16);
+      for (int r = 0; r < kRows; ++r) {
+        int32_t pair;
+        __builtin_memcpy(&pair, a + (r0 + r) * lda + 2 * k, sizeof pair);
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, low);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, high);
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c + (r0 + r) * ldc + v * 16, acc[r][v]);
+  }
+}
+
+// C[M, N] float32 (+)= A[M, K] B[K, N]; b in pairs; leading dimensions in elements of each pointer's type.
+template <bool kAdd>
+void gemm_bf16(float* c, int64_t ldc, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t rows,
+               int64_t columns, int64_t depth, bool amx) {
+  for (int64_t n = 0; n < columns; n += kBlock)
+    for (int64_t m = 0; m < rows; m += kBlock) {
+      const bool both = m + kBlock <= rows;
+      float* const to = c + m * ldc + n;
+      if (!amx)
+        block_dot<kAdd>(to, ldc, a + m * lda, lda, b + n, ldb, both ? kBlock : kBlock / 2, depth);
+      else if (both)
+        block_amx<kAdd, true>(to, ldc, a + m * lda, lda, b + n, ldb, depth);
+      else
+        block_amx<kAdd, false>(to, ldc, a + m * lda, lda, b + n, ldb, depth);
+    }
+}
+
+// ---- rounding and layout
+
+DF_INLINE VecH round_bf16(VecF x) { return (VecH)_mm512_cvtneps_pbh((__m512)x); }  // subnormals become zero
+
+DF_INLINE VecU pair_of(VecH low, VecH high) {
+  return __builtin_convertvector(low, VecU) | __builtin_convertvector(high, VecU) << 16;
+}
+
+DF_INLINE VecH load_h16(const bf16* p) {
+  VecH h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return h;
+}
+DF_INLINE void store_words(uint32_t* p, VecU v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// Rows of bf16 [K, N] -> pairs [K / 2, N]; K even, N a multiple of 16.
+DF_INLINE void pair_rows(uint32_t* to, int64_t ldt, const bf16* from, int64_t ldf, int64_t rows, int64_t columns) {
+  for (int64_t k = 0; k < rows / 2; ++k)
+    for (int64_t n = 0; n < columns; n += 16)
+      store_words(to + k * ldt + n, pair_of(load_h16(from + 2 * k * ldf + n), load_h16(from + (2 * k + 1) * ldf + n)));
+}
+
+// 32-bit words [rows, columns] -> [columns, rows]; both multiples of 16.
+DF_INLINE void transpose_words(uint32_t* to, int64_t ldt, const uint32_t* from, int64_t ldf, int64_t rows,
+                               int64_t columns) {
+  for (int64_t r0 = 0; r0 < rows; r0 += 16)
+    for (int64_t c0 = 0; c0 < columns; c0 += 16) {
+      __m512i r[16], t[16];
+      for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + (r0 + i) * ldf + c0);
+      for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+      }
+      for (int i = 0; i < 4; ++i)
+        for (int half = 0; half < 2; ++half) {
+          r[4 * i + 2 * half] = _mm512_unpacklo_epi64(t[4 * i + half], t[4 * i + half + 2]);
+          r[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(t[4 * i + half], t[4 * i + half + 2]);
+        }
+      for (int j = 0; j < 4; ++j) {  // r[4 i + j]: columns j, 4 + j, 8 + j, 12 + j of rows 4 i ... 4 i + 3
+        const __m512i even0 = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+        const __m512i even1 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        const __m512i odd0 = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        const __m512i odd1 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        _mm512_storeu_si512(to + (c0 + j) * ldt + r0, _mm512_shuffle_i32x4(even0, even1, 0x88));
+        _mm512_storeu_si512(to + (c0 + 8 + j) * ldt + r0, _mm512_shuffle_i32x4(even0, even1, 0xdd));
+        _mm512_storeu_si512(to + (c0 + 4 + j) * ldt + r0, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
+        _mm512_storeu_si512(to + (c0 + 12 + j) * ldt + r0, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
+      }
+    }
+}
+
+// 2^x, about 1 ulp; -Inf gives 0, NaN stays NaN (coefficients: Cephes, S. Moshier)
+DF_INLINE VecF exp2_fast(VecF x) {
+  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const VecF r = (VecF)_mm512_max_ps((__m512)(x - (VecF)n), _mm512_set1_ps(-0.5f));  // -Inf - -Inf is NaN: -0.5
+  VecF p = splat(1.535336188319500e-4f);
+  p = p * r + splat(1.339887440266574e-3f);
+  p = p * r + splat(9.618437357674640e-3f);
+  p = p * r + splat(5.550332471162809e-2f);
+  p = p * r + splat(2.402264791363012e-1f);
+  p = p * r + splat(6.931472028550421e-1f);
+  p = p * r + splat(1.0f);
+  return (VecF)_mm512_scalef_ps((__m512)p, n);
+}
+
+}  // namespace DF_CPU_NAMESPACE
+}  // namespace dalle_fast
