@@ -8,7 +8,12 @@ import torch
 
 from dalle_fast.optim import AdamW16
 
-SHAPES = {"16M": [(1 << 24,)], "100 x 64k": [(256, 256)] * 100}
+SHAPES = {
+    "16M": [(1 << 24,)],
+    "100 x 64k": [(256, 256)] * 100,
+    "300 x 64": [(64,)] * 300,
+    "conv": [(256, 256, 3, 3)] * 4,
+}
 
 
 @pytest.mark.parametrize("who", ["dalle_fast", "torch.optim.AdamW(fused=True)"])
@@ -16,6 +21,8 @@ SHAPES = {"16M": [(1 << 24,)], "100 x 64k": [(256, 256)] * 100}
 def test_adamw16(benchmark, name, who):
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES[name]]
+    if name == "conv":
+        params = [torch.nn.Parameter(p.detach().to(memory_format=torch.channels_last)) for p in params]
     for p in params:
         p.grad = torch.randn_like(p) * 1e-2
     optimizer = AdamW16(params, 1e-3) if who == "dalle_fast" else torch.optim.AdamW(params, 1e-3, fused=True)

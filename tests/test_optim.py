@@ -130,6 +130,24 @@ def test_strided_parameters_and_bfloat16_gradients():
     assert torch.equal(strided, dense)
 
 
+def test_channels_last_parameters_keep_their_memory_order():
+    plain = torch.nn.Parameter(torch.randn(6, 4, 3, 3))
+    last = torch.nn.Parameter(plain.detach().clone().to(memory_format=torch.channels_last))
+    optimizers = [AdamW16([p], lr=1e-2, ema_decay=0.9) for p in (plain, last)]
+    for step in range(3):
+        g = torch.randn(6, 4, 3, 3) * 1e-2
+        plain.grad, last.grad = g, g.to(memory_format=torch.channels_last) if step else g.clone()  # or another order
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(plain, last)
+    for name in ("mean", "variance", "ema"):
+        assert optimizers[1].state[last][name].stride() == last.stride()
+        assert torch.equal(optimizers[0].state[plain][name], optimizers[1].state[last][name])
+    resumed = AdamW16([last], lr=1e-2, ema_decay=0.9)
+    resumed.load_state_dict(optimizers[0].state_dict())
+    assert resumed.state[last]["mean"].stride() == last.stride()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -149,8 +167,8 @@ def test_bad_tensors_are_named():
     code = torch.zeros(3, dtype=torch.uint16)
     with pytest.raises(ValueError, match=r"grads\[0\]: expected shape \[3\], got \[4\]"):
         adamw16([p], [torch.zeros(4)], [code], [code.clone()], step=1, lr=0.1)
-    with pytest.raises(TypeError, match=r"means\[0\]: expected dtype torch.uint16, got torch.int16"):
-        adamw16([p], [g], [code.to(torch.int16)], [code.clone()], step=1, lr=0.1)
+    with pytest.raises(TypeError, match=r"means\[0\]: expected dtype uint16, got int32"):
+        adamw16([p], [g], [code.to(torch.int32)], [code.clone()], step=1, lr=0.1)
     with pytest.raises(ValueError, match="variances: expected 1 tensors"):
         adamw16([p], [g], [code], [], step=1, lr=0.1)
     half = torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))

@@ -12,7 +12,6 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 
 namespace {
 
-constexpr int64_t kChunk = 1 << 14;
 constexpr int64_t kAhead = 512;  // elements; four or five streams are more than the hardware follows by itself
 
 template <typename T>
@@ -58,36 +57,46 @@ DF_INLINE void update(const Update u, float* param, const G* grad, uint16_t* mea
 }
 
 template <bool kEma, typename G>
-void run(const Params& p) {
-  parallel_chunks(p.count, kChunk, [&](int64_t begin, int64_t end) {
-    const Update u = update_of(p);
-    float* const param = p.param;
-    const G* const grad = static_cast<const G*>(p.grad);
-    uint16_t* const mean = p.mean;
-    uint16_t* const variance = p.variance;
-    float* const ema = p.ema;
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      // may point past the end: a prefetch never faults
-      __builtin_prefetch(grad + i + kAhead);
-      __builtin_prefetch(param + i + kAhead, 1);
-      __builtin_prefetch(mean + i + kAhead, 1);
-      __builtin_prefetch(variance + i + kAhead, 1);
-      if (kEma) __builtin_prefetch(ema + i + kAhead, 1);
-      update<kEma, G>(u, param + i, grad + i, mean + i, variance + i, ema + i, kLanes);
-    }
-    if (i < end) update<kEma, G>(u, param + i, grad + i, mean + i, variance + i, ema + i, static_cast<int>(end - i));
-  });
+void run(const Update u, const Segment& segment, int64_t begin, int64_t end) {
+  float* const param = segment.param;
+  const G* const grad = static_cast<const G*>(segment.grad);
+  uint16_t* const mean = segment.mean;
+  uint16_t* const variance = segment.variance;
+  float* const ema = segment.ema;
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    // may point past the end: a prefetch never faults
+    __builtin_prefetch(grad + i + kAhead);
+    __builtin_prefetch(param + i + kAhead, 1);
+    __builtin_prefetch(mean + i + kAhead, 1);
+    __builtin_prefetch(variance + i + kAhead, 1);
+    if (kEma) __builtin_prefetch(ema + i + kAhead, 1);
+    update<kEma, G>(u, param + i, grad + i, mean + i, variance + i, ema + i, kLanes);
+  }
+  if (i < end) update<kEma, G>(u, param + i, grad + i, mean + i, variance + i, ema + i, static_cast<int>(end - i));
 }
 
 template <typename G>
-void run_grad(const Params& p) {
-  p.ema ? run<true, G>(p) : run<false, G>(p);
+void run_grad(const Update& u, const Segment& segment, int64_t begin, int64_t end) {
+  segment.ema ? run<true, G>(u, segment, begin, end) : run<false, G>(u, segment, begin, end);
 }
 
 }  // namespace
 
-void step(const Params& p) { p.grad_dtype == DType::kBFloat16 ? run_grad<bf16>(p) : run_grad<float>(p); }
+void step(const Params& p) {
+  const Update u = update_of(p);
+  int64_t count = 0;
+  for (int64_t i = 0; i < p.num_chunks && count < kSerialBelow; ++i) count += p.chunks[i].end - p.chunks[i].begin;
+  parallel_for(
+      p.num_chunks,
+      [&](int64_t i) {
+        const Chunk& chunk = p.chunks[i];
+        const Segment& segment = p.segments[chunk.segment];
+        segment.grad_is_bf16 ? run_grad<bf16>(u, segment, chunk.begin, chunk.end)
+                             : run_grad<float>(u, segment, chunk.begin, chunk.end);
+      },
+      count >= kSerialBelow);
+}
 
 }  // namespace DF_CPU_NAMESPACE
 }  // namespace dalle_fast::adamw16

@@ -50,6 +50,26 @@ struct TensorRef {
     }
     return true;
   }
+  // Every element between the first and the last is its own: any permutation of contiguous dimensions.
+  bool is_dense() const {
+    int64_t expected = 1;
+    bool seen[kMaxRank] = {};
+    for (int k = 0; k < rank; ++k) {
+      int next = -1;
+      for (int i = rank - 1; i >= 0; --i)
+        if (!seen[i] && (shape[i] == 1 || stride[i] == expected)) next = i;
+      if (next < 0) return numel() == 0;
+      seen[next] = true;
+      expected *= shape[next];
+    }
+    return true;
+  }
+  // The same element at the same distance from the first; for tensors of the same shape.
+  bool same_strides(const TensorRef& other) const {
+    for (int i = 0; i < rank; ++i)
+      if (shape[i] != 1 && stride[i] != other.stride[i]) return numel() == 0;
+    return true;
+  }
   template <typename T>
   T* as() const {
     return static_cast<T*>(data);

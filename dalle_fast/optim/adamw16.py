@@ -93,22 +93,20 @@ class AdamW16(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            by_step: dict[int, list[torch.Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            updated = [p for p in group["params"] if p.grad is not None]
+            if not updated:
+                continue
+            for p in updated:
                 if p.dtype != torch.float32 or p.grad.is_sparse:
                     what = "a sparse gradient" if p.grad.is_sparse else f"dtype {p.dtype}"
                     raise TypeError(f"params: expected dense float32, got {what}")
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.int64)
-                    for name in _CODES:
-                        state[name] = torch.zeros(p.shape, dtype=torch.uint16, device=p.device)
-                    if group["ema_decay"] is not None:
-                        state["ema"] = p.detach().clone(memory_format=torch.contiguous_format)
-                state["step"] += 1
-                by_step.setdefault(int(state["step"]), []).append(p)
+                if not self.state[p]:
+                    self._start(p, group["ema_decay"] is not None)
+            steps = [self.state[p]["step"] for p in updated]
+            torch._foreach_add_(steps, 1)
+            by_step: dict[int, list[torch.Tensor]] = {}
+            for p, number in zip(updated, torch.stack(steps).tolist(), strict=True):
+                by_step.setdefault(number, []).append(p)
             for number, params in by_step.items():
                 states = [self.state[p] for p in params]
                 adamw16(
@@ -128,6 +126,14 @@ class AdamW16(torch.optim.Optimizer):
                 )
         return loss
 
+    def _start(self, p: torch.Tensor, with_ema: bool) -> None:
+        state = self.state[p]
+        state["step"] = torch.zeros((), dtype=torch.int64)
+        for name in _CODES:  # in the parameter's memory order
+            state[name] = torch.zeros_like(p, dtype=torch.uint16)
+        if with_ema:
+            state["ema"] = p.detach().clone()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but the 16-bit codes keep their dtype (torch casts all state to the parameter's).
 
@@ -141,4 +147,7 @@ class AdamW16(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                self.state[p][name] = value.detach().clone().to(p.device if name != "step" else "cpu")
+                value = value.detach()
+                # codes and averages in the parameter's memory order, whatever the file had
+                kept = value.cpu().clone() if name == "step" else torch.empty_like(p, dtype=value.dtype).copy_(value)
+                self.state[p][name] = kept

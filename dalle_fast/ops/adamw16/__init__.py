@@ -52,21 +52,9 @@ def adamw16(
         ValueError: lists differ in length, shapes differ, or a number is out of range.
         RuntimeError: an explicit `backend` cannot run.
     """
-    lists = {"grads": grads, "means": means, "variances": variances, "emas": emas}
-    for name, tensors in lists.items():
+    for name, tensors in (("grads", grads), ("means", means), ("variances", variances), ("emas", emas)):
         if len(tensors) != len(params) and not (name == "emas" and not tensors):
             raise ValueError(f"{name}: expected {len(params)} tensors, one for each parameter, got {len(tensors)}")
-        for i, (tensor, param) in enumerate(zip(tensors, params)):
-            if tensor.shape != param.shape:
-                raise ValueError(f"{name}[{i}]: expected shape {list(param.shape)}, got {list(tensor.shape)}")
-            allowed = op.DTYPES[name]
-            if tensor.dtype not in allowed:
-                raise TypeError(f"{name}[{i}]: expected dtype {' or '.join(map(str, allowed))}, got {tensor.dtype}")
-            if tensor.device != param.device:
-                raise ValueError(f"{name}[{i}]: expected device {param.device}, got {tensor.device}")
-    for i, param in enumerate(params):
-        if param.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"params[{i}]: expected dtype float32, got {param.dtype}")
     if step < 1:
         raise ValueError(f"step: expected at least 1, got {step}")
     if not grad_scale > 0:
@@ -77,5 +65,25 @@ def adamw16(
         return
     supported = all(p.dtype == torch.float32 for p in params)
     chosen = _backend.choose("adamw16", backend, params[0], supported=supported, reason="float64 has no kernel")
-    run = adamw16_reference if chosen == "reference" else op.adamw16
-    run(list(params), list(grads), list(means), list(variances), list(emas), *scalars)
+    lists = (list(params), list(grads), list(means), list(variances), list(emas))
+    if chosen == "reference":  # the kernels check while they read
+        _check(*lists)
+        adamw16_reference(*lists, *scalars)
+    else:
+        op.adamw16(*lists, *scalars)
+
+
+def _check(params, grads, means, variances, emas) -> None:
+    for i, param in enumerate(params):
+        if param.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"params[{i}]: expected dtype float32, got {param.dtype}")
+    for name, tensors in (("grads", grads), ("means", means), ("variances", variances), ("emas", emas)):
+        for i, (tensor, param) in enumerate(zip(tensors, params)):
+            if tensor.shape != param.shape:
+                raise ValueError(f"{name}[{i}]: expected shape {list(param.shape)}, got {list(tensor.shape)}")
+            allowed = op.DTYPES[name]
+            if tensor.dtype not in allowed:
+                names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+                raise TypeError(f"{name}[{i}]: expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+            if tensor.device != param.device:
+                raise ValueError(f"{name}[{i}]: expected device {param.device}, got {tensor.device}")

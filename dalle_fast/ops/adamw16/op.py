@@ -43,19 +43,20 @@ def _step(
         variance_clip,
         1 - ema_decay,
     )
-    for i, param in enumerate(params):
-        grad = grads[i].to(torch.float32) if grads[i].dtype == torch.float64 else grads[i]
-        mutated = (param, means[i], variances[i], emas[i] if emas else None)
-        stream = stream_of(param)
-        if grad.is_contiguous() and all(tensor is None or tensor.is_contiguous() for tensor in mutated):
-            _C.adamw16_step(*mutated, grad, *scalars, stream)
-            continue
-        # elementwise, so any one layout will do; what is not contiguous travels through a copy
-        dense = [tensor if tensor is None else tensor.contiguous() for tensor in mutated]
-        _C.adamw16_step(*dense, grad.contiguous(), *scalars, stream)
+    if not params:
+        return
+    lists = (params, means, variances, emas)
+    stream = stream_of(params[0])
+    # elementwise, so any one memory order will do; where a parameter's tensors differ in it, copies travel
+    for i in _C.adamw16_step(*lists, grads, *scalars, stream):
+        mutated = [tensors[i] for tensors in lists if tensors]
+        dense = [torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t) for t in mutated]
+        dtype = torch.bfloat16 if grads[i].dtype == torch.bfloat16 else torch.float32
+        _C.adamw16_step(
+            *([t] for t in dense), *([[]] if not emas else []), [grads[i].to(dtype).contiguous()], *scalars, stream
+        )
         for tensor, copy in zip(mutated, dense, strict=True):
-            if copy is not tensor:
-                tensor.copy_(copy)
+            tensor.copy_(copy)
 
 
 def _step_fake(*_) -> None:
