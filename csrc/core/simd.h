@@ -209,19 +209,34 @@ DF_INLINE VecF round_to_int(VecF x) {  // |x| < 2^22, ties to even
   return (x + magic) - magic;
 }
 
-// exp(x); below -87.3 gives 0 (so that -Inf masks vanish), above 88.7 gives Inf, NaN stays NaN.
-DF_INLINE VecF exp(VecF x) {
-  const VecF clamped = vmin(vmax(x, splat(-88.0f)), splat(88.75f));
-  const VecF n = round_to_int(clamped * splat(1.44269504088896341f));
-  VecF r = clamped - n * splat(0.693359375f);
-  r = r - n * splat(-2.12194440e-4f);
+// e^r for |r| <= ln(2) / 2
+DF_INLINE VecF exp_reduced(VecF r) {
   VecF p = splat(1.9875691500e-4f);
   p = p * r + splat(1.3981999507e-3f);
   p = p * r + splat(8.3334519073e-3f);
   p = p * r + splat(4.1665795894e-2f);
   p = p * r + splat(1.6666665459e-1f);
   p = p * r + splat(5.0000001201e-1f);
-  p = p * (r * r) + r + splat(1.0f);
+  return p * (r * r) + r + splat(1.0f);
+}
+
+// exp(x); below -87.3 gives 0 (so that -Inf masks vanish), above 88.7 gives Inf, NaN stays NaN.
+DF_INLINE VecF exp(VecF x) {
+#if defined(__AVX512F__)  // rounding and scaling by 2^n are instructions; the second operand of max and min keeps NaN
+  const __m512 clamped = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-89.0f), (__m512)x));
+  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(1.44269504088896341f)),
+                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  VecF r = (VecF)clamped - (VecF)whole * splat(0.693359375f);
+  r = r - (VecF)whole * splat(-2.12194440e-4f);
+  const VecF p = exp_reduced(r);
+  const __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33654f), _CMP_LT_OQ);
+  return (VecF)_mm512_mask_mov_ps(_mm512_scalef_ps((__m512)p, whole), tiny, _mm512_setzero_ps());
+#else
+  const VecF clamped = vmin(vmax(x, splat(-88.0f)), splat(88.75f));
+  const VecF n = round_to_int(clamped * splat(1.44269504088896341f));
+  VecF r = clamped - n * splat(0.693359375f);
+  r = r - n * splat(-2.12194440e-4f);
+  const VecF p = exp_reduced(r);
   // 2^n in two factors: n may be 128
   const VecI e = __builtin_convertvector(n, VecI);
   const VecI half = e >> 1;
@@ -229,6 +244,7 @@ DF_INLINE VecF exp(VecF x) {
   const VecF low = x < splat(-87.33654f) ? splat(0.0f) : y;
   const VecF high = x > splat(88.72283f) ? splat(__builtin_inff()) : low;
   return x != x ? x : high;
+#endif
 }
 
 // ln((1 + m) * 2^ef) for m in [sqrt(1/2) - 1, sqrt(2) - 1]

@@ -16,6 +16,8 @@ namespace {
 
 constexpr int kUnroll = 4;
 constexpr int64_t kStep = kUnroll * kLanes;
+constexpr int64_t kMaxBlock = 16;  // rows
+constexpr int64_t kBlockCodes = 4096;
 
 // The first n lanes of p; the others -Inf, which neither raise a maximum nor add to a sum of exponentials.
 template <typename T>
@@ -73,36 +75,54 @@ DF_INLINE void row_zero(T* out, int64_t n) {
   __builtin_memset(out, 0, static_cast<std::size_t>(n) * sizeof(T));  // zero bits are zero in both dtypes
 }
 
-DF_INLINE float* exponentials(float* row, int64_t) { return row; }  // in place
-DF_INLINE float* exponentials(bf16*, int64_t n) {
+// Where the exponentials of a block's rows wait: in place for float32.
+DF_INLINE float* exponentials(float* row, int64_t, int64_t) { return row; }
+DF_INLINE float* exponentials(bf16*, int64_t i, int64_t n) {
   static thread_local ThreadScratch scratch;
-  return scratch.floats(n);
+  return scratch.floats(kMaxBlock * ((n + kLanes - 1) / kLanes * kLanes)) + i * ((n + kLanes - 1) / kLanes * kLanes);
 }
 
+// Rows [begin, end), at most kMaxBlock. Pass by pass over the block, not row by row: the reductions at the end of a
+// short row then overlap with the next row's arithmetic, and one vector takes the logarithms.
 template <typename T>
-void row_pass(const Params& p, int64_t row) {
-  T* x = static_cast<T*>(p.logits) + row * p.row_stride;
-  const int64_t target = p.target[row * p.target_stride];
+void block_pass(const Params& p, int64_t begin, int64_t end) {
   const int64_t n = p.num_codes;
-  if (target == p.ignore_index) {
-    p.row_loss[row] = 0.0f;
-    if (p.write_grad) row_zero(x, n);
-    return;
+  const int64_t rows = end - begin;
+  float shift[kMaxBlock], sum[kMaxBlock];
+  T* const first = static_cast<T*>(p.logits) + begin * p.row_stride;
+  for (int64_t i = 0; i < rows; ++i) shift[i] = row_max(first + i * p.row_stride, n);
+  for (int64_t i = 0; i < rows; ++i) {
+    T* x = first + i * p.row_stride;
+    const int64_t target = p.target[(begin + i) * p.target_stride];
+    float& loss = p.row_loss[begin + i];
+    if (target == p.ignore_index) {
+      loss = 0.0f;
+      sum[i] = 1.0f;
+      continue;
+    }
+    loss = shift[i] - load1(x + target);
+    sum[i] = p.write_grad ? row_exp_sum<true>(exponentials(x, i, n), x, n, shift[i])
+                          : row_exp_sum<false>(static_cast<float*>(nullptr), x, n, shift[i]);
   }
-  const float at_target = load1(x + target);
-  const float shift = row_max(x, n);
-  float sum;
-  if (p.write_grad) {
-    float* e = exponentials(x, n);
-    sum = row_exp_sum<true>(e, x, n, shift);
-    const float factor = p.scale / sum;
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int count = static_cast<int>(rows - i < kLanes ? rows - i : kLanes);
+    float* loss = p.row_loss + begin + i;
+    store_n(loss, load_n(loss, count) + log(load_n(sum + i, count)), count);  // ln 1 = 0 for what is ignored
+  }
+  if (!p.write_grad) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    T* x = first + i * p.row_stride;
+    const int64_t target = p.target[(begin + i) * p.target_stride];
+    if (target == p.ignore_index) {
+      row_zero(x, n);
+      continue;
+    }
+    const float* e = exponentials(x, i, n);
+    const float factor = p.scale / sum[i];
     const float hit = e[target] * factor - p.scale;  // before the row is written: in one rounding
     row_scale(x, e, n, factor);
     store1(x + target, hit);
-  } else {
-    sum = row_exp_sum<false>(static_cast<float*>(nullptr), x, n, shift);
   }
-  p.row_loss[row] = log(splat(sum))[0] + (shift - at_target);
 }
 
 template <typename T>
@@ -129,7 +149,9 @@ void column_sums(const Params& p) {
 
 template <typename T>
 void run(const Params& p) {
-  parallel_for(p.num_rows, [&](int64_t row) { row_pass<T>(p, row); });
+  int64_t block = kBlockCodes / (p.num_codes > 0 ? p.num_codes : 1);
+  block = block < 1 ? 1 : block > kMaxBlock ? kMaxBlock : block;
+  parallel_chunks(p.num_rows, block, [&](int64_t begin, int64_t end) { block_pass<T>(p, begin, end); });
   double sum = 0.0;
   for (int64_t row = 0; row < p.num_rows; ++row) sum += static_cast<double>(p.row_loss[row]);
   *p.loss_sum += sum;

@@ -32,7 +32,8 @@ INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "belo
 COUNTS = {"two": 2, "three": 3}
 _SPLIT_SEED = 0x736861706573  # "shapes"
 _WORD = 0xFFFFFFFF
-_SMALL, _LARGE = 0.25, 0.5  # sides relative to the picture
+_SMALL, _LARGE = 0.31, 0.56  # sides relative to the picture
+_PAPER, _NOISE = 40.0, 3.0  # darkest paper below white, standard deviation of a value; of 255
 _PAIR_CAPTION = re.compile(r"^an? (\w+) (\w+) (left of|right of|above|below) an? (\w+) (\w+)$")
 _ONE_CAPTION = re.compile(r"^an? (small|large) (\w+) (\w+)$")
 _MANY_CAPTION = re.compile(r"^(two|three) (\w+) (\w+?)e?s$")
@@ -79,13 +80,22 @@ def coverage(shape: str, height: int, width: int, y: float, x: float, side: floa
     return inside.reshape(height, supersample, width, supersample).mean(axis=(1, 3))
 
 
-def draw(things: list[Thing], size: int) -> np.ndarray:
-    """Objects on white, uint8 [size, size, 3]."""
-    picture = np.full((size, size, 3), 255.0)
+def draw(things: list[Thing], size: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Objects on paper, uint8 [size, size, 3].
+
+    Args:
+        things: what to draw, in this order.
+        size: side of the picture in pixels.
+        rng: draws the paper's grey level and the camera's noise; None: white paper without noise. On paper without
+            either, a likelihood has no bound, and a dVAE falls into one code for "white".
+    """
+    picture = np.full((size, size, 3), 255.0 if rng is None else 255.0 - _PAPER * rng.random())
     for thing in things:
         share = coverage(thing.shape, size, size, thing.y, thing.x, thing.side)[..., None]
         picture = picture * (1 - share) + np.array(COLOURS[thing.colour]) * share
-    return picture.round().astype(np.uint8)
+    if rng is not None:
+        picture += _NOISE * rng.standard_normal(picture.shape)
+    return picture.round().clip(0, 255).astype(np.uint8)
 
 
 def _words(seed: int, first: int, count: int) -> list[list[int]]:
@@ -145,7 +155,7 @@ def _snap(length: float, size: int) -> int:
 def _pair(d: _Draws, size: int, heldout: bool | None) -> tuple[list[Thing], str]:
     relation = d.pick(RELATIONS)
     first, second = d.pick(_pairs_of(relation, heldout))
-    side = [_snap(d.between(0.28, 0.4) * size, size) for _ in range(2)]
+    side = [_snap(d.between(0.36, 0.44) * size, size) for _ in range(2)]
     gap = max(2.0, 0.08 * size)
     along = [0.0, 0.0]  # first and second, along the relation
     free = size - side[0] - side[1] - gap
@@ -172,7 +182,7 @@ def _one(d: _Draws, size: int) -> tuple[list[Thing], str]:
 
 def _many(d: _Draws, size: int) -> tuple[list[Thing], str]:
     colour, shape, word = d.pick(list(COLOURS)), d.pick(SHAPES), d.pick(list(COUNTS))
-    side = _snap(0.3 * size, size)
+    side = _snap(0.36 * size, size)
     corners = [(0.08, 0.08), (0.58, 0.08), (0.08, 0.58), (0.58, 0.58)]
     skip = d.below(4)
     places = [c for i, c in enumerate(corners) if i != skip][: COUNTS[word]]
@@ -233,12 +243,13 @@ class ShapesPairs:
     def __getitem__(self, index: int) -> Sample:
         picture = self._drawn.get(index)
         if picture is None:
-            picture = self._drawn[index] = draw(self._things[index], self.size)
+            rng = np.random.Generator(np.random.Philox(key=np.array([self._seed, index], dtype=np.uint64)))
+            picture = self._drawn[index] = draw(self._things[index], self.size, rng)
         return Sample(picture, self.captions[index], self.keys[index])
 
     def fingerprint(self) -> str:
         """SHA-256 of captions and geometry."""
-        return digest([self.name, str(self.size), *self.captions, repr(self._things)])
+        return digest([self.name, str(self.size), f"paper {_PAPER} noise {_NOISE}", *self.captions, repr(self._things)])
 
 
 # ---- the checker
@@ -269,14 +280,18 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
 def read_things(image: np.ndarray) -> list[Thing]:
     """Objects in a picture, by nearest colour and best-fitting outline; specks below 1.2 % of the area are ignored."""
     size = image.shape[0]
-    distance = np.linalg.norm(255.0 - image.astype(np.float64), axis=2)
+    values = image.astype(np.float64)
+    bright = np.linalg.norm(255.0 - values, axis=2) < 105
+    paper = np.median(values[bright], axis=0) if bright.any() else np.full(3, 255.0)
+    distance = np.linalg.norm(paper - values, axis=2)
     things = []
-    for region in _components(distance > 105):
+    for region in _components(distance > 90):
+        region &= distance > 0.45 * np.quantile(distance[region], 0.8)  # edges are partly paper
         if region.sum() < 0.012 * size * size:
             continue
         weight = distance * region
         core = weight >= np.quantile(weight[region], 0.6)
-        mean = image[core & region].astype(np.float64).mean(axis=0)
+        mean = values[core & region].mean(axis=0)
         colour = min(COLOURS, key=lambda name: float(np.linalg.norm(mean - np.array(COLOURS[name]))))
         ys, xs = np.nonzero(region)
         y, x = ys.min(), xs.min()
