@@ -264,26 +264,43 @@ class DALLE(nn.Module):
     # ---- decoding
 
     @torch.no_grad()
-    def prefill(self, text: torch.Tensor, num_samples: int) -> list[DecodeCache]:
-        """Runs the text once and makes the caches that decoding fills.
+    def prefill(self, text: torch.Tensor, num_samples: int, image: torch.Tensor | None = None) -> list[DecodeCache]:
+        """Runs the text and the image tokens that are kept, in one pass, and makes the caches that decoding fills.
 
         Args:
             text: [Bt, text_len] int64.
             num_samples: B, a multiple of Bt: sample b belongs to text b // (B / Bt).
+            image: [Bt, P] int64, the first P tokens of every sample's picture; decoding goes on with token P.
 
         Returns:
             One cache per layer; the text part is shared, the image rings have only the slots the layer looks back on.
+
+        Raises:
+            TypeError, ValueError: a tensor has the wrong dtype, shape or values; the message names it.
         """
         self._check_text(text)
         if num_samples < 1 or num_samples % text.shape[0]:
             raise ValueError(f"num_samples: expected a multiple of {text.shape[0]} texts, got {num_samples}")
-        caches = []
+        kept = 0
         x = self.embed_text(text)
+        if image is not None:
+            self._check_image(image, text.shape[0])
+            kept = image.shape[1]
+        if kept:  # slot j holds token j - 1, so `kept` slots need one token less
+            x = torch.cat((x, self.embed_image(image[:, : kept - 1])), dim=1)
+        text_len = self.config.text_len
+        caches = []
         for block in self.blocks:
             x, k, v = block.prefill(x)
             slots = block.attention.pattern.image_cache_len
-            ring = (num_samples, self.config.num_heads, slots, self.config.head_dim)
-            caches.append(DecodeCache(k.contiguous(), v.contiguous(), k.new_zeros(ring), v.new_zeros(ring)))
+            index = torch.arange(max(kept - slots, 0), kept, device=x.device)  # what the layer still looks back on
+            rings = []
+            for t in (k, v):
+                ring = t.new_zeros(num_samples, self.config.num_heads, slots, self.config.head_dim)
+                rows = t[:, :, text_len + index].repeat_interleave(num_samples // text.shape[0], dim=0)
+                ring[:, :, index % slots] = rows
+                rings.append(ring)
+            caches.append(DecodeCache(k[:, :, :text_len].contiguous(), v[:, :, :text_len].contiguous(), *rings))
         return caches
 
     @torch.no_grad()
@@ -294,7 +311,7 @@ class DALLE(nn.Module):
 
         Args:
             caches: from `prefill`; this slot's keys and values are written into them.
-            index: raster index of the token to predict; call with 0, 1, 2, ... in turn.
+            index: raster index of the token to predict; call with P, P + 1, ... in turn, P being the tokens prefilled.
             last: [B] int64, token index - 1; None for index 0.
             num_samples: B.
 

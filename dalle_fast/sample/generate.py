@@ -103,20 +103,19 @@ def generate_tokens(
     for begin in range(0, options.num_samples, options.batch_size):
         size = min(options.batch_size, options.num_samples - begin)
         rows = size * (2 if guided else 1)
-        caches = model.prefill(texts, rows)
+        caches = model.prefill(texts, rows, None if prefix is None else prefix.expand(len(texts), -1))
         tokens = torch.empty(size, image_len, dtype=torch.int64, device=text.device)
         if prefix is not None:
             tokens[:, :num_kept] = prefix
-        for index in range(image_len):
+        for index in range(num_kept, image_len):
             last = None if index == 0 else tokens[:, index - 1]
             if guided and last is not None:
                 last = torch.cat((last, last))
             logits = model.decode(caches, index, last, rows)
-            if index >= num_kept:
-                if guided:
-                    conditional, free = logits.chunk(2)
-                    logits = free + options.guidance_scale * (conditional - free)
-                tokens[:, index] = _draw(logits, options, index, begin)
+            if guided:
+                conditional, free = logits.chunk(2)
+                logits = free + options.guidance_scale * (conditional - free)
+            tokens[:, index] = _draw(logits, options, index, begin)
             if progress:
                 progress(begin * image_len + size * (index + 1), total)
         chunks.append(tokens)
