@@ -37,7 +37,7 @@ cuda: setup
 # The inner loop: rebuild what changed, in place.
 build: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/inplace -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > build.log 2>&1 || (cat build.log && false)
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DDF_SIMT=ON > build.log 2>&1 || (cat build.log && false)
 	@rm -f build.log
 	$(BIN)/cmake --build build/inplace
 

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: MIT
 // Table of contents of dalle_fast._C: one line per room. Private: only dalle_fast/ops/<room>/op.py calls it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
 
 #include "core/check.h"
 #include "core/cuda_status.h"
@@ -16,7 +21,19 @@ void bind_null(pybind11::module_&);
 void bind_sparse_attention(pybind11::module_&);
 }  // namespace dalle_fast
 
-PYBIND11_MODULE(_C, m) {
+#if defined(DF_SIMT)
+namespace simt {
+void seed(uint64_t);
+}
+namespace dalle_fast::simt_controls {
+void run(const std::string&, bool, float*, const float*);
+}
+#define DF_MODULE _C_simt
+#else
+#define DF_MODULE _C
+#endif
+
+PYBIND11_MODULE(DF_MODULE, m) {
   using namespace dalle_fast;
   pybind11::register_exception_translator([](std::exception_ptr error) {
     try {
@@ -37,6 +54,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_level", [] { return static_cast<int>(cpu_level()); });
   m.def("best_cpu_level", [] { return static_cast<int>(best_cpu_level()); });
   m.def("set_cpu_level", [](int level) { set_cpu_level(static_cast<CpuLevel>(level)); });
+#if defined(DF_SIMT)
+  m.def("simt_seed", &simt::seed);
+  m.def("simt_control", [](const std::string& name, bool planted, std::vector<float> values) {
+    if (values.size() != 64) throw std::invalid_argument("values: expected 64 numbers");
+    float out = 0.0f;
+    simt_controls::run(name, planted, &out, values.data());
+    return out;
+  });
+#endif
 #if defined(DF_WITH_CUDA)
   m.attr("cuda_archs") = DF_CUDA_ARCHS;
   m.def("cuda_status", &cuda_status);

@@ -33,6 +33,7 @@ inline constexpr int64_t kChunk = 1 << 14;
 
 struct Params {
   const Segment* segments;
+  int64_t num_segments;
   const Chunk* chunks;
   int64_t num_chunks;
   float inverse_grad_scale;
@@ -43,8 +44,10 @@ struct Params {
   float eps;
   float variance_clip;
   float ema_weight;  // 1 - ema_decay
+  Device device;
 };
 
 DF_CPU_LAUNCHER(step, Params)
+void step_cuda(const Params& params, void* stream);
 
 }  // namespace dalle_fast::adamw16

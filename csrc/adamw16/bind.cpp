@@ -39,7 +39,7 @@ void bind_adamw16(pybind11::module_& m) {
   m.def("adamw16_step", [](const Tensors& param_args, const Tensors& mean_args, const Tensors& variance_args,
                            const Tensors& ema_args, const Tensors& grad_args, double inverse_grad_scale, double beta1,
                            double beta2, double decay, double step_size, double inverse_root_correction, double eps,
-                           double variance_clip, double ema_weight, std::uintptr_t) {
+                           double variance_clip, double ema_weight, std::uintptr_t stream) {
     const std::size_t n = param_args.size();
     for (const Tensors* list : {&mean_args, &variance_args, &grad_args})
       require(list->size() == n, "means, variances, grads: expected one tensor for each parameter");
@@ -78,6 +78,7 @@ void bind_adamw16(pybind11::module_& m) {
     }
     adamw16::Params params{};
     params.segments = segments.data();
+    params.num_segments = static_cast<int64_t>(segments.size());
     params.chunks = chunks.data();
     params.num_chunks = static_cast<int64_t>(chunks.size());
     params.inverse_grad_scale = static_cast<float>(inverse_grad_scale);
@@ -89,7 +90,11 @@ void bind_adamw16(pybind11::module_& m) {
     params.eps = static_cast<float>(eps);
     params.variance_clip = static_cast<float>(variance_clip);
     params.ema_weight = static_cast<float>(ema_weight);
-    run_on_cpu(device, [&] { adamw16::step_cpu(params); });
+    params.device = device;
+    (void)stream;
+    run_on(
+        device, [&] { adamw16::step_cpu(params); },
+        DF_CUDA_LAUNCH(adamw16::step_cuda(params, reinterpret_cast<void*>(stream))));
     return left;
   });
 }

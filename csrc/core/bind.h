@@ -15,6 +15,12 @@ namespace dalle_fast {
 // Releases the GIL and runs the CPU or the CUDA launcher. Call it after every TensorArg has been read.
 template <typename Cpu, typename Cuda>
 void run_on(const Device& device, Cpu&& cpu, Cuda&& cuda) {
+#if defined(DF_SIMT)  // the CUDA code on CPU tensors; the executor is one thread
+  (void)cpu;
+  if (device.is_cuda()) throw std::runtime_error("the host executor takes CPU tensors");
+  cuda();
+  return;
+#endif
   pybind11::gil_scoped_release no_gil;
   if (device.is_cuda()) {
 #if defined(DF_WITH_CUDA)
@@ -39,7 +45,7 @@ void run_on_cpu(const Device& device, Cpu&& cpu) {
 }  // namespace dalle_fast
 
 // Wraps the CUDA launcher so that a CPU-only build has no reference to it.
-#if defined(DF_WITH_CUDA)
+#if defined(DF_WITH_CUDA) || defined(DF_SIMT)
 #define DF_CUDA_LAUNCH(call) [&] { call; }
 #else
 #define DF_CUDA_LAUNCH(call) [] {}

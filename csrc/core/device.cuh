@@ -1,7 +1,25 @@
 // SPDX-License-Identifier: MIT
-// What .cu files use of the CUDA runtime: error checks, the device guard and the launch.
+// What .cu files use of the CUDA runtime: error checks, the device guard, the launch, shared memory. With DF_SIMT the
+// same names are implemented on the host (csrc/simt/).
 #pragma once
 
+#if defined(DF_SIMT)
+#include "../simt/simt.h"
+
+#define DF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ((void)(stream), ::simt::launch((grid), (block), (shared_bytes), #kernel, [&] { kernel(__VA_ARGS__); }))
+#define DF_SHARED(T, name, count) \
+  T* const name = static_cast<T*>(::simt::static_shared(sizeof(T) * (count), DF_SIMT_SITE))
+#define DF_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::simt::dynamic_shared())
+
+namespace dalle_fast {
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int) {}
+};
+}  // namespace dalle_fast
+
+#else
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -15,6 +33,12 @@
     kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
     ::dalle_fast::check_cuda(cudaGetLastError(), "launch of " #kernel, __FILE__, __LINE__);      \
   } while (0)
+
+// Shared memory of a block: an array of a constant size, or what the launch asked for.
+#define DF_SHARED(T, name, count) __shared__ T name[count]
+#define DF_DYNAMIC_SHARED(T, name)                                    \
+  extern __shared__ __align__(128) unsigned char df_dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(df_dynamic_shared)
 
 namespace dalle_fast {
 
@@ -40,3 +64,5 @@ class DeviceGuard {
 };
 
 }  // namespace dalle_fast
+
+#endif

@@ -29,6 +29,7 @@ gumbel_softmax::Params params_of(const TensorRef& logits, int64_t seed, int64_t 
   params.offset = static_cast<uint64_t>(offset);
   params.row_offset = static_cast<uint32_t>(row_offset);
   params.dtype = logits.dtype;
+  params.device = logits.device;
   return params;
 }
 
@@ -36,7 +37,7 @@ gumbel_softmax::Params params_of(const TensorRef& logits, int64_t seed, int64_t 
 
 void bind_gumbel_softmax(pybind11::module_& m) {
   m.def("gumbel_softmax_forward", [](const TensorArg& y_arg, const TensorArg& logits_arg, double tau, int64_t seed,
-                                     int64_t offset, int64_t row_offset, std::uintptr_t) {
+                                     int64_t offset, int64_t row_offset, std::uintptr_t stream) {
     const TensorRef logits = logits_arg.as("logits");
     const TensorRef y = y_arg.as("y");
     check_main(logits, "logits");
@@ -44,11 +45,14 @@ void bind_gumbel_softmax(pybind11::module_& m) {
     gumbel_softmax::Params params = params_of(logits, seed, offset, row_offset);
     params.y = y.data;
     params.inverse_tau = static_cast<float>(1.0 / tau);
-    run_on_cpu(logits.device, [&] { gumbel_softmax::forward_cpu(params); });
+    (void)stream;
+    run_on(
+        params.device, [&] { gumbel_softmax::forward_cpu(params); },
+        DF_CUDA_LAUNCH(gumbel_softmax::forward_cuda(params, reinterpret_cast<void*>(stream))));
   });
 
   m.def("gumbel_softmax_argmax", [](const TensorArg& index_arg, const TensorArg& logits_arg, int64_t seed,
-                                    int64_t offset, int64_t row_offset, std::uintptr_t) {
+                                    int64_t offset, int64_t row_offset, std::uintptr_t stream) {
     const TensorRef logits = logits_arg.as("logits");
     const TensorRef index = index_arg.as("index");
     check_main(logits, "logits");
@@ -59,28 +63,35 @@ void bind_gumbel_softmax(pybind11::module_& m) {
     require(logits.shape[1] > 0 || index.numel() == 0, "logits: expected at least one code");
     gumbel_softmax::Params params = params_of(logits, seed, offset, row_offset);
     params.index = index.as<int64_t>();
-    run_on_cpu(logits.device, [&] { gumbel_softmax::argmax_cpu(params); });
+    (void)stream;
+    run_on(
+        params.device, [&] { gumbel_softmax::argmax_cpu(params); },
+        DF_CUDA_LAUNCH(gumbel_softmax::argmax_cuda(params, reinterpret_cast<void*>(stream))));
   });
 
-  m.def("gumbel_softmax_backward",
-        [](const TensorArg& dlogits_arg, const TensorArg& y_arg, const TensorArg& dy_arg, double tau, std::uintptr_t) {
-          const TensorRef y = y_arg.as("y");
-          const TensorRef dy = dy_arg.as("dy");
-          const TensorRef dlogits = dlogits_arg.as("dlogits");
-          check_main(y, "y");
-          check_like(dy, "dy", y, "y");
-          check_like(dlogits, "dlogits", y, "y");
-          gumbel_softmax::BackwardParams params{};
-          params.dlogits = dlogits.data;
-          params.y = y.data;
-          params.dy = dy.data;
-          params.outer = y.shape[0];
-          params.num_codes = y.shape[1];
-          params.inner = y.shape[2];
-          params.inverse_tau = static_cast<float>(1.0 / tau);
-          params.dtype = y.dtype;
-          run_on_cpu(y.device, [&] { gumbel_softmax::backward_cpu(params); });
-        });
+  m.def("gumbel_softmax_backward", [](const TensorArg& dlogits_arg, const TensorArg& y_arg, const TensorArg& dy_arg,
+                                      double tau, std::uintptr_t stream) {
+    const TensorRef y = y_arg.as("y");
+    const TensorRef dy = dy_arg.as("dy");
+    const TensorRef dlogits = dlogits_arg.as("dlogits");
+    check_main(y, "y");
+    check_like(dy, "dy", y, "y");
+    check_like(dlogits, "dlogits", y, "y");
+    gumbel_softmax::BackwardParams params{};
+    params.dlogits = dlogits.data;
+    params.y = y.data;
+    params.dy = dy.data;
+    params.outer = y.shape[0];
+    params.num_codes = y.shape[1];
+    params.inner = y.shape[2];
+    params.inverse_tau = static_cast<float>(1.0 / tau);
+    params.dtype = y.dtype;
+    params.device = y.device;
+    (void)stream;
+    run_on(
+        params.device, [&] { gumbel_softmax::backward_cpu(params); },
+        DF_CUDA_LAUNCH(gumbel_softmax::backward_cuda(params, reinterpret_cast<void*>(stream))));
+  });
 
   // The scalar generator itself, for its published known answers.
   m.def("gumbel_softmax_philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {

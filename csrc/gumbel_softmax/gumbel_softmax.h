@@ -23,6 +23,7 @@ struct Params {
   uint64_t offset;
   uint32_t row_offset;
   DType dtype;
+  Device device;
 };
 
 struct BackwardParams {
@@ -34,10 +35,14 @@ struct BackwardParams {
   int64_t inner;
   float inverse_tau;
   DType dtype;
+  Device device;
 };
 
 DF_CPU_LAUNCHER(forward, Params)
 DF_CPU_LAUNCHER(argmax, Params)
 DF_CPU_LAUNCHER(backward, BackwardParams)
+void forward_cuda(const Params& params, void* stream);
+void argmax_cuda(const Params& params, void* stream);
+void backward_cuda(const BackwardParams& params, void* stream);
 
 }  // namespace dalle_fast::gumbel_softmax

@@ -14,9 +14,12 @@ struct Params {
   float* value;    // encode: read; decode: written
   int64_t count;
   bool has_sign;  // 1-6-9, else 0-6-10
+  Device device;
 };
 
 DF_CPU_LAUNCHER(encode, Params)
 DF_CPU_LAUNCHER(decode, Params)
+void encode_cuda(const Params& params, void* stream);
+void decode_cuda(const Params& params, void* stream);
 
 }  // namespace dalle_fast::minifloat

@@ -209,7 +209,7 @@ class ShapesPairs:
         split: "train", "heldout" (pairs with a (colour, shape, relation) that training lacks), "seen" (pairs of the
             training distribution, other pictures) or "all".
         size: side in pixels, at least 24.
-        num_samples: of the split; None takes 20,000 for "train" and "all" and 512 for the others.
+        num_samples: of the split; None takes 40,000 for "train" and "all" and 512 for the others.
         seed: of the drawing.
 
     Raises:
@@ -224,7 +224,7 @@ class ShapesPairs:
         self.name = f"shapes/{split}"
         self.size = size
         self.split = split
-        self._length = num_samples or (512 if split in ("heldout", "seen") else 20_000)
+        self._length = num_samples or (512 if split in ("heldout", "seen") else 40_000)
         self._seed = (seed << 8) + {"train": 0, "heldout": 1, "seen": 2, "all": 3}[split]
         made = [self._make(words) for words in _words(self._seed, 0, self._length)]
         self._things = [things for things, _ in made]

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: MIT
+// What kernels of several rooms share: 16-bit loads and stores, reductions over a block.
+#pragma once
+
+#include "../scalar/minifloat.h"
+#include "device.cuh"
+
+namespace dalle_fast {
+
+struct bf16_t {
+  uint16_t bits;
+};
+struct fp16_t {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16_t x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(fp16_t x) {  // exact, subnormals, Inf and NaN included
+  const uint32_t sign = (x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  if (magnitude >= (0x7c00u << 13)) return bits_float(sign | (magnitude + (224u << 23)));
+  return bits_float(sign | float_bits(bits_float(magnitude) * 0x1p112f));
+}
+
+__device__ __forceinline__ void from_float(float* to, float x) { *to = x; }
+__device__ __forceinline__ void from_float(bf16_t* to, float x) {  // nearest even; NaN stays NaN
+  const uint32_t u = float_bits(x);
+  to->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : (u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+}
+__device__ __forceinline__ void from_float(fp16_t* to, float x) {  // nearest even, gradual underflow, overflow to Inf
+  const uint32_t u = float_bits(x), a = u & 0x7fffffffu;
+  uint32_t r;
+  if (a > 0x7f800000u)
+    r = 0x7e00u;
+  else if (a >= 0x47800000u)
+    r = 0x7c00u;
+  else if (a < 0x38800000u)  // adding 0.5 aligns the last bit of a subnormal half with that of a float in [0.5, 1)
+    r = float_bits(bits_float(a) + 0.5f) - 0x3f000000u;
+  else
+    r = (a - (112u << 23) + 0xfffu + (a >> 13 & 1u)) >> 13;
+  to->bits = static_cast<uint16_t>(r | (u >> 16 & 0x8000u));
+}
+
+// Combines the values of the `groups` (a power of two) threads with the same thread % rows, in a fixed order; everybody
+// gets the result. `part` has one place a thread.
+template <typename T, typename Combine>
+__device__ __forceinline__ T reduce_groups(T value, T* part, unsigned rows, unsigned groups, Combine combine) {
+  const unsigned t = threadIdx.x, group = t / rows;
+  part[t] = value;
+  for (unsigned half = groups / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (group < half) part[t] = combine(part[t], part[t + half * rows]);
+  }
+  __syncthreads();
+  const T result = part[t % rows];
+  __syncthreads();  // `part` may be used again
+  return result;
+}
+
+// Largest value and sum of exp((x - largest) * factor) of a stream; one NaN spoils it, as in torch.softmax.
+struct SoftmaxState {
+  float largest, sum;
+};
+
+__device__ __forceinline__ SoftmaxState softmax_merge(SoftmaxState a, SoftmaxState b, float factor) {
+  const float none = -INFINITY;
+  if (a.largest != a.largest || b.largest != b.largest) return {NAN, NAN};
+  if (b.largest == none && b.sum == 0.0f) return a;
+  if (a.largest == none && a.sum == 0.0f) return b;
+  const float largest = a.largest > b.largest ? a.largest : b.largest;
+  if (largest == none) return {none, NAN};  // -Inf everywhere
+  return {largest, a.sum * expf((a.largest - largest) * factor) + b.sum * expf((b.largest - largest) * factor)};
+}
+
+}  // namespace dalle_fast

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: MIT
+// Small kernels with a planted bug each, which the executor's tests must see it find (tests/test_simt.py).
+#include <stdexcept>
+#include <string>
+
+#include "../core/device.cuh"
+
+namespace dalle_fast::simt_controls {
+namespace {
+
+constexpr int kThreads = 64;
+
+// out[0] = sum of in[0..63], by a tree in shared memory
+template <bool kBarrier>
+__global__ void tree_sum(float* out, const float* in) {
+  DF_SHARED(float, part, kThreads);
+  const unsigned t = threadIdx.x;
+  part[t] = in[t];
+  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
+    if (kBarrier) __syncthreads();
+    if (t < half) part[t] += part[t + half];
+  }
+  if (t == 0) out[0] = part[0];
+}
+
+// the same in registers of two warps
+template <bool kWhole>
+__global__ void warp_sum(float* out, const float* in) {
+  DF_SHARED(float, part, 2);
+  float x = in[threadIdx.x];
+  if (kWhole || threadIdx.x % 32 < 31)  // a lane that leaves before the shuffle
+    for (unsigned bits = 16; bits > 0; bits /= 2) x += __shfl_xor_sync(0xffffffffu, x, bits);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x == 0) out[0] = part[0] + part[1];
+}
+
+// half of the block takes another barrier
+template <bool kDivergent>
+__global__ void two_barriers(float* out, const float* in) {
+  DF_SHARED(float, part, kThreads);
+  part[threadIdx.x] = in[threadIdx.x];
+  if (kDivergent && threadIdx.x < kThreads / 2) {
+    __syncthreads();  // another one than below
+  } else {
+    __syncthreads();
+  }
+  float sum = 0.0f;
+  for (int i = 0; i < kThreads; ++i) sum += part[i];
+  if (threadIdx.x == 0) out[0] = sum;
+}
+
+// the last element of the tile is never loaded
+template <bool kShort>
+__global__ void short_tile(float* out, const float* in) {
+  DF_SHARED(float, tile, kThreads);
+  if (!kShort || threadIdx.x + 1 < kThreads) tile[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  float sum = 0.0f;
+  for (int i = 0; i < kThreads; ++i) sum += tile[i];
+  if (threadIdx.x == 0) out[0] = sum;
+}
+
+}  // namespace
+
+// Runs a control, with or without its bug; out and in are float32 on the host, 1 and 64 of them.
+void run(const std::string& name, bool planted, float* out, const float* in) {
+  void* stream = nullptr;
+  if (name == "barrier_removed") {
+    planted ? DF_LAUNCH(tree_sum<false>, 1, kThreads, 0, stream, out, in)
+            : DF_LAUNCH(tree_sum<true>, 1, kThreads, 0, stream, out, in);
+  } else if (name == "lane_missing") {
+    planted ? DF_LAUNCH(warp_sum<false>, 1, kThreads, 0, stream, out, in)
+            : DF_LAUNCH(warp_sum<true>, 1, kThreads, 0, stream, out, in);
+  } else if (name == "barrier_divergent") {
+    planted ? DF_LAUNCH(two_barriers<true>, 1, kThreads, 0, stream, out, in)
+            : DF_LAUNCH(two_barriers<false>, 1, kThreads, 0, stream, out, in);
+  } else if (name == "tile_short") {
+    planted ? DF_LAUNCH(short_tile<true>, 1, kThreads, 0, stream, out, in)
+            : DF_LAUNCH(short_tile<false>, 1, kThreads, 0, stream, out, in);
+  } else {
+    throw std::invalid_argument("name: no such control: " + name);
+  }
+}
+
+}  // namespace dalle_fast::simt_controls

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MIT
+// Stands in for the CUDA runtime when .cu files are compiled by a C++ compiler: kernels run on the CPU, thread by
+// thread.
+//
+// Threads are fibers. Between two synchronisation points a thread runs alone; which one comes next is random, seeded
+// with DALLE_FAST_SIMT_SEED or seed(). Shared memory is filled with NaN before each block. A barrier that not all
+// threads reach, or that they reach at different lines, is an error that names block, thread and line. Kernels meet
+// this header through core/device.cuh only.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace simt {
+
+struct Place {
+  dim3 thread, block, block_size, grid;
+};
+extern Place here;  // of the thread that runs
+
+struct Site {
+  const char* file;
+  int line;
+};
+
+void seed(uint64_t value);
+void launch(const dim3& grid, const dim3& block, std::size_t shared_bytes, const char* name,
+            const std::function<void()>& kernel);
+void sync_block(const Site& site);
+// Waits for all lanes of `mask`; returns what each of the 32 lanes of the warp gave.
+const uint64_t* exchange(unsigned mask, uint64_t value, const Site& site);
+void* static_shared(std::size_t bytes, const Site& site);
+void* dynamic_shared();
+
+inline unsigned linear_thread() {
+  return here.thread.x + here.block_size.x * (here.thread.y + here.block_size.y * here.thread.z);
+}
+inline unsigned lane() { return linear_thread() % 32; }
+
+template <typename T>
+T shuffle(unsigned mask, T value, unsigned source, const Site& site) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "shuffles move at most 8 bytes");
+  uint64_t word = 0;
+  std::memcpy(&word, &value, sizeof value);
+  const uint64_t* words = exchange(mask, word, site);
+  const uint64_t got = words[source < 32 ? source : lane()];
+  std::memcpy(&value, &got, sizeof value);
+  return value;
+}
+inline unsigned ballot(unsigned mask, bool vote, const Site& site) {
+  const uint64_t* votes = exchange(mask, vote, site);
+  unsigned bits = 0;
+  for (int i = 0; i < 32; ++i)
+    if ((mask >> i & 1u) && votes[i]) bits |= 1u << i;
+  return bits;
+}
+
+}  // namespace simt
+
+#define threadIdx (::simt::here.thread)
+#define blockIdx (::simt::here.block)
+#define blockDim (::simt::here.block_size)
+#define gridDim (::simt::here.grid)
+
+#define DF_SIMT_SITE \
+  ::simt::Site { __FILE__, __LINE__ }
+#define __syncthreads() ::simt::sync_block(DF_SIMT_SITE)
+#define __syncwarp() (void)::simt::exchange(0xffffffffu, 0, DF_SIMT_SITE)
+#define __shfl_sync(mask, value, source) ::simt::shuffle((mask), (value), (source), DF_SIMT_SITE)
+#define __shfl_xor_sync(mask, value, bits) ::simt::shuffle((mask), (value), ::simt::lane() ^ (bits), DF_SIMT_SITE)
+#define __shfl_down_sync(mask, value, by) ::simt::shuffle((mask), (value), ::simt::lane() + (by), DF_SIMT_SITE)
+#define __ballot_sync(mask, vote) ::simt::ballot((mask), (vote), DF_SIMT_SITE)
+#define __any_sync(mask, vote) (::simt::ballot((mask), (vote), DF_SIMT_SITE) != 0)
