@@ -6,7 +6,7 @@ namespace dalle_fast {
 
 void bind_linear_cross_entropy(pybind11::module_& m) {
   m.def("linear_cross_entropy_check", [](const TensorArg& stats_arg, const TensorArg& target_arg, int64_t num_codes,
-                                         int64_t ignore_index, std::uintptr_t) {
+                                         int64_t ignore_index, std::uintptr_t stream) {
     const TensorRef stats = stats_arg.as("stats");
     const TensorRef target = target_arg.as("target");
     require_dtype(stats, "stats", {DType::kInt64});
@@ -23,13 +23,17 @@ void bind_linear_cross_entropy(pybind11::module_& m) {
     params.num_rows = target.shape[0];
     params.num_codes = num_codes;
     params.ignore_index = ignore_index;
-    run_on_cpu(target.device, [&] { linear_cross_entropy::check_cpu(params); });
+    params.device = target.device;
+    (void)stream;
+    run_on(
+        params.device, [&] { linear_cross_entropy::check_cpu(params); },
+        DF_CUDA_LAUNCH(linear_cross_entropy::check_cuda(params, reinterpret_cast<void*>(stream))));
   });
 
   m.def("linear_cross_entropy_loss_and_grad", [](const TensorArg& loss_sum_arg, const TensorArg& row_loss_arg,
                                                  const TensorArg& logits_arg, const TensorArg& dbias_arg,
                                                  const TensorArg& target_arg, int64_t ignore_index, double scale,
-                                                 bool write_grad, std::uintptr_t) {
+                                                 bool write_grad, std::uintptr_t stream) {
     const TensorRef logits = logits_arg.as("logits");  // [num_rows, num_codes]
     const TensorRef target = target_arg.as("target");
     const TensorRef loss_sum = loss_sum_arg.as("loss_sum");
@@ -78,7 +82,11 @@ void bind_linear_cross_entropy(pybind11::module_& m) {
             "target: expected values in [0, " + std::to_string(params.num_codes) + "), got " + std::to_string(code));
       }
     }
-    run_on_cpu(logits.device, [&] { linear_cross_entropy::loss_and_grad_cpu(params); });
+    params.device = logits.device;
+    (void)stream;
+    run_on(
+        params.device, [&] { linear_cross_entropy::loss_and_grad_cpu(params); },
+        DF_CUDA_LAUNCH(linear_cross_entropy::loss_and_grad_cuda(params, reinterpret_cast<void*>(stream))));
   });
 }
 

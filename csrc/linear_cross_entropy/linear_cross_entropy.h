@@ -18,6 +18,7 @@ struct CheckParams {
   int64_t num_rows;
   int64_t num_codes;
   int64_t ignore_index;
+  Device device;
 };
 
 struct Params {
@@ -34,9 +35,12 @@ struct Params {
   float scale;
   bool write_grad;
   DType dtype;  // float32 or bfloat16
+  Device device;
 };
 
 DF_CPU_LAUNCHER(check, CheckParams)
 DF_CPU_LAUNCHER(loss_and_grad, Params)
+void check_cuda(const CheckParams& params, void* stream);
+void loss_and_grad_cuda(const Params& params, void* stream);
 
 }  // namespace dalle_fast::linear_cross_entropy
