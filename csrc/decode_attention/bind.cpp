@@ -33,7 +33,7 @@ void bind_decode_attention(pybind11::module_& m) {
   m.def("decode_attention_forward",
         [](const TensorArg& out, const TensorArg& q_arg, const TensorArg& k_arg, const TensorArg& v,
            const TensorArg& text_k_arg, const TensorArg& text_v, const TensorArg& image_k_arg, const TensorArg& image_v,
-           double scale, const PatternArg& pattern, int64_t position, std::uintptr_t) {
+           double scale, const PatternArg& pattern, int64_t position, std::uintptr_t stream) {
           const TensorRef q = q_arg.as("q");
           const TensorRef k = k_arg.as("k");
           const TensorRef text_k = text_k_arg.as("text_k");
@@ -73,7 +73,11 @@ void bind_decode_attention(pybind11::module_& m) {
           params.image_k = read4(image_k_arg, "image_k", q, params.batch, heads, params.ring_len);
           params.image_v = read4(image_v, "image_v", q, params.batch, heads, params.ring_len);
           if (params.batch == 0) return;
-          run_on_cpu(q.device, [&] { decode_attention::forward_cpu(params); });
+          params.device = q.device;
+          (void)stream;
+          run_on(
+              params.device, [&] { decode_attention::forward_cpu(params); },
+              DF_CUDA_LAUNCH(decode_attention::forward_cuda(params, reinterpret_cast<void*>(stream))));
         });
 }
 

@@ -34,8 +34,10 @@ struct Params {
   float scale;
   Pattern pattern;
   DType dtype;
+  Device device;
 };
 
 DF_CPU_LAUNCHER(forward, Params)
+void forward_cuda(const Params& params, void* stream);
 
 }  // namespace dalle_fast::decode_attention

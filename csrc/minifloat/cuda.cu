@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) convert_all(uint16_t* code, float* v
       f = reinterpret_cast<const Floats*>(value)[i];
     else
       c = reinterpret_cast<const Codes*>(code)[i];
-#pragma GCC unroll 4
+    DF_UNROLL
     for (int k = 0; k < kWidth; ++k) convert<kSigned, kEncode>(c.at[k], f.at[k]);
     if (kEncode)
       reinterpret_cast<Codes*>(code)[i] = c;
