@@ -13,8 +13,11 @@ from .presets import PRESETS, preset
 from .sample import System
 from .train import run
 
-# Shares of the time; the rest is for sampling and evaluation.
-_SHARES = {"dvae": 0.35, "clip": 0.07, "dalle": 0.48}
+# Shares of the time; the rest is for sampling and evaluation. Shapes are easy to see and hard to combine.
+_SHARES = {
+    "emoji": {"dvae": 0.35, "clip": 0.07, "dalle": 0.48},
+    "shapes": {"dvae": 0.20, "clip": 0.05, "dalle": 0.67},
+}
 
 
 def run_demo(
@@ -47,7 +50,7 @@ def run_demo(
         "clip": "2/4 CLIP: ranks pictures against captions",
         "dalle": "3/4 transformer: captions to tokens",
     }
-    for stage, share in _SHARES.items():
+    for stage, share in _SHARES[data].items():
         say(names[stage])
         result = run(preset(stage, data), run_dir / stage, minutes=minutes * share, quiet=quiet)
         shown = {k.removeprefix("eval/"): v for k, v in result.metrics.items() if k.startswith("eval/")}
