@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+SIMT := OFF
 
 .PHONY: demo test bench lint cuda build setup clean help
 
@@ -20,6 +21,7 @@ demo: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks -q --benchmark-disable-gc --benchmark-columns=min,median --benchmark-sort=name $(ARGS)
 
+test: SIMT := ON# the CUDA kernels on the host executor, csrc/simt/
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
@@ -37,7 +39,7 @@ cuda: setup
 # The inner loop: rebuild what changed, in place.
 build: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/inplace -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DDF_SIMT=ON > build.log 2>&1 || (cat build.log && false)
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DDF_SIMT=$(SIMT) > build.log 2>&1 || (cat build.log && false)
 	@rm -f build.log
 	$(BIN)/cmake --build build/inplace
 
