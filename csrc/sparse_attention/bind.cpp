@@ -43,6 +43,7 @@ sparse_attention::Params common(const TensorArg& q_arg, const TensorArg& k_arg, 
   params.scale = static_cast<float>(scale);
   params.pattern = pattern_of(pattern);
   params.dtype = q.dtype;
+  params.device = q.device;
   require(kv_heads > 0 && params.num_heads % kv_heads == 0, "k: the heads of q are not a multiple of its heads");
   require(params.length <= params.pattern.length(), "q: more positions than the pattern has");
   *device = q.device;
@@ -54,19 +55,23 @@ sparse_attention::Params common(const TensorArg& q_arg, const TensorArg& k_arg, 
 void bind_sparse_attention(pybind11::module_& m) {
   m.def("sparse_attention_forward",
         [](const TensorArg& out, const TensorArg& lse, const TensorArg& q, const TensorArg& k, const TensorArg& v,
-           double scale, const PatternArg& pattern, std::uintptr_t) {
+           double scale, const PatternArg& pattern, std::uintptr_t stream) {
           Device device;
           const sparse_attention::Params params = common(q, k, v, out, lse, scale, pattern, &device);
-          run_on_cpu(device, [&] {
-            if (params.dtype == DType::kBFloat16 && sparse_attention::forward_bf16(params)) return;
-            sparse_attention::forward_cpu(params);
-          });
+          (void)stream;
+          run_on(
+              device,
+              [&] {
+                if (params.dtype == DType::kBFloat16 && sparse_attention::forward_bf16(params)) return;
+                sparse_attention::forward_cpu(params);
+              },
+              DF_CUDA_LAUNCH(sparse_attention::forward_cuda(params, reinterpret_cast<void*>(stream))));
         });
 
   m.def("sparse_attention_backward",
         [](const TensorArg& dq, const TensorArg& dk, const TensorArg& dv, const TensorArg& dout, const TensorArg& out,
            const TensorArg& lse, const TensorArg& q, const TensorArg& k, const TensorArg& v, double scale,
-           const PatternArg& pattern, std::uintptr_t) {
+           const PatternArg& pattern, std::uintptr_t stream) {
           Device device;
           sparse_attention::Params params = common(q, k, v, out, lse, scale, pattern, &device);
           const TensorRef first = q.as("q");
@@ -74,10 +79,14 @@ void bind_sparse_attention(pybind11::module_& m) {
           params.dq = read4(dq, "dq", first, params.num_heads);
           params.dk = read4(dk, "dk", first, params.num_kv_heads);
           params.dv = read4(dv, "dv", first, params.num_kv_heads);
-          run_on_cpu(device, [&] {
-            if (params.dtype == DType::kBFloat16 && sparse_attention::backward_bf16(params)) return;
-            sparse_attention::backward_cpu(params);
-          });
+          (void)stream;
+          run_on(
+              device,
+              [&] {
+                if (params.dtype == DType::kBFloat16 && sparse_attention::backward_bf16(params)) return;
+                sparse_attention::backward_cpu(params);
+              },
+              DF_CUDA_LAUNCH(sparse_attention::backward_cuda(params, reinterpret_cast<void*>(stream))));
         });
 
   // csrc/scalar/pattern.h itself, for the test against AttentionPattern.mask().

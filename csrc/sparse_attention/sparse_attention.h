@@ -28,6 +28,7 @@ struct Params {
   float scale;
   Pattern pattern;
   DType dtype;
+  Device device;
 };
 
 struct MaskParams {
@@ -41,5 +42,7 @@ DF_CPU_LAUNCHER(backward, Params)
 DF_BF16_LAUNCHER(forward, Params)
 DF_BF16_LAUNCHER(backward, Params)
 DF_CPU_LAUNCHER(mask, MaskParams)
+void forward_cuda(const Params& params, void* stream);
+void backward_cuda(const Params& params, void* stream);
 
 }  // namespace dalle_fast::sparse_attention
