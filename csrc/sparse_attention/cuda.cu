@@ -26,7 +26,7 @@ struct Walk {
   __host__ __device__ Walk(const Pattern& p, int64_t length) : pattern(p) {
     num_text = length < p.text_len ? length : p.text_len;
     num_image = length - num_text;
-    slots = num_image && p.kind == PatternKind::kColumn ? p.image_len() : num_image;
+    slots = num_image && p.kind == PatternKind::kColumn ? p.height * p.width : num_image;
   }
   // raster index of an image slot; at least num_image where a prefix has none
   __device__ int64_t raster(int64_t slot) const {
