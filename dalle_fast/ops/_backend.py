@@ -26,7 +26,15 @@ def has_room(room: str, device_type: str) -> bool:
 
 
 # Rooms whose CUDA kernels exist; the others run on their references there.
-CUDA_ROOMS: set[str] = {"adamw16", "decode_attention", "gumbel_softmax", "linear_cross_entropy", "minifloat", "null", "sparse_attention"}
+CUDA_ROOMS: set[str] = {
+    "adamw16",
+    "decode_attention",
+    "gumbel_softmax",
+    "linear_cross_entropy",
+    "minifloat",
+    "null",
+    "sparse_attention",
+}
 
 
 def why_not(room: str, backend: str, device_type: str) -> str:
