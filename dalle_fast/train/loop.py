@@ -50,7 +50,7 @@ class RunResult:
     metrics: dict[str, float]
     """The last logged averages and held-out metrics."""
     seconds: float
-    """Of this session."""
+    """Since the run was started or resumed."""
 
 
 @dataclass

@@ -70,7 +70,7 @@ class Meter:
             self.bar.start()
 
     def rate(self, step: int, batch_size: int) -> float:
-        """Samples per second of this session."""
+        """Samples per second since the run was started or resumed."""
         return (step - self.first) * batch_size / max(time.monotonic() - self.started, 1e-9)
 
     def update(self, step: int, loss: float, batch_size: int) -> None:
