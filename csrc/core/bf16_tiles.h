@@ -144,30 +144,8 @@ DF_INLINE void pair_rows(uint32_t* to, int64_t ldt, const bf16* from, int64_t ld
 // 32-bit words [rows, columns] -> [columns, rows]; both multiples of 16.
 DF_INLINE void transpose_words(uint32_t* to, int64_t ldt, const uint32_t* from, int64_t ldf, int64_t rows,
                                int64_t columns) {
-  for (int64_t r0 = 0; r0 < rows; r0 += 16)
-    for (int64_t c0 = 0; c0 < columns; c0 += 16) {
-      __m512i r[16], t[16];
-      for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + (r0 + i) * ldf + c0);
-      for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-      }
-      for (int i = 0; i < 4; ++i)
-        for (int half = 0; half < 2; ++half) {
-          r[4 * i + 2 * half] = _mm512_unpacklo_epi64(t[4 * i + half], t[4 * i + half + 2]);
-          r[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(t[4 * i + half], t[4 * i + half + 2]);
-        }
-      for (int j = 0; j < 4; ++j) {  // r[4 i + j]: columns j, 4 + j, 8 + j, 12 + j of rows 4 i ... 4 i + 3
-        const __m512i even0 = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
-        const __m512i even1 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-        const __m512i odd0 = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-        const __m512i odd1 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-        _mm512_storeu_si512(to + (c0 + j) * ldt + r0, _mm512_shuffle_i32x4(even0, even1, 0x88));
-        _mm512_storeu_si512(to + (c0 + 8 + j) * ldt + r0, _mm512_shuffle_i32x4(even0, even1, 0xdd));
-        _mm512_storeu_si512(to + (c0 + 4 + j) * ldt + r0, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
-        _mm512_storeu_si512(to + (c0 + 12 + j) * ldt + r0, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
-      }
-    }
+  for (int64_t r = 0; r < rows; r += 16)
+    for (int64_t c = 0; c < columns; c += 16) transpose_block(to + c * ldt + r, ldt, from + r * ldf + c, ldf);
 }
 
 // 2^x, about 1 ulp; -Inf gives 0, NaN stays NaN (coefficients: Cephes, S. Moshier)

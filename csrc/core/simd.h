@@ -177,6 +177,33 @@ DF_INLINE void store1(float* p, float x) { *p = x; }
 DF_INLINE void store1(bf16* p, float x) { p->bits = to_bf16(splat(x))[0]; }
 DF_INLINE void store1(fp16* p, float x) { p->bits = to_fp16(splat(x))[0]; }
 
+// ---- transposition
+
+// v[i][j] <-> v[j][i], in log2(kLanes) rounds that interleave the halves of the list
+DF_INLINE void transpose(VecU (&v)[kLanes]) {
+  VecU low = {}, high = {};
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  for (int width = 1; width < kLanes; width *= 2) {
+    VecU w[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      w[2 * i] = __builtin_shuffle(v[i], v[i + kLanes / 2], low);
+      w[2 * i + 1] = __builtin_shuffle(v[i], v[i + kLanes / 2], high);
+    }
+    for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+  }
+}
+
+// 32-bit words [kLanes, kLanes]; leading dimensions in words
+DF_INLINE void transpose_block(void* to, int64_t ldt, const void* from, int64_t ldf) {
+  VecU v[kLanes];
+  for (int i = 0; i < kLanes; ++i) __builtin_memcpy(&v[i], static_cast<const uint32_t*>(from) + i * ldf, sizeof(VecU));
+  transpose(v);
+  for (int i = 0; i < kLanes; ++i) __builtin_memcpy(static_cast<uint32_t*>(to) + i * ldt, &v[i], sizeof(VecU));
+}
+
 // ---- reductions over lanes, in a fixed order
 
 DF_INLINE float hsum(VecF v) {

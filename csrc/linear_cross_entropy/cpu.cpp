@@ -60,6 +60,36 @@ DF_INLINE float row_exp_sum(float* out, const T* x, int64_t n, float shift) {
   return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+// Maximum and sum of exp(x - maximum) in one pass: a block waits in registers between the two, and a block that raises
+// the maximum rescales the sum.
+template <typename T>
+DF_INLINE void row_max_and_exp_sum(const T* x, int64_t n, float& shift, float& sum) {
+  constexpr int kHeld = kLanes == 16 ? 16 : 8;
+  shift = -__builtin_inff();
+  VecF total = {};
+  int64_t i = 0;
+  for (; i + kHeld * kLanes <= n; i += kHeld * kLanes) {
+    VecF v[kHeld], best = loadu(x + i);
+    v[0] = best;
+    for (int k = 1; k < kHeld; ++k) {
+      v[k] = loadu(x + i + k * kLanes);
+      best = vmax(v[k], best);
+    }
+    const float top = hmax(best);
+    if (top > shift) {
+      if (i > 0) total *= exp(splat(shift) - splat(top));
+      shift = top;
+    }
+    for (int k = 0; k < kHeld; ++k) total += exp(v[k] - splat(shift));
+  }
+  sum = hsum(total);
+  if (i == n) return;
+  const float top = row_max(x + i, n - i), larger = top > shift ? top : shift;
+  if (i > 0) sum *= exp(splat(shift) - splat(larger))[0];
+  shift = larger;
+  sum += row_exp_sum<false>(static_cast<float*>(nullptr), x + i, n - i, shift);
+}
+
 template <typename T>
 DF_INLINE void row_scale(T* out, const float* e, int64_t n, float factor) {
   int64_t i = 0;
@@ -90,7 +120,12 @@ void block_pass(const Params& p, int64_t begin, int64_t end) {
   const int64_t rows = end - begin;
   float shift[kMaxBlock], sum[kMaxBlock];
   T* const first = static_cast<T*>(p.logits) + begin * p.row_stride;
-  for (int64_t i = 0; i < rows; ++i) shift[i] = row_max(first + i * p.row_stride, n);
+  for (int64_t i = 0; i < rows; ++i) {
+    if (p.write_grad)
+      shift[i] = row_max(first + i * p.row_stride, n);
+    else
+      row_max_and_exp_sum(first + i * p.row_stride, n, shift[i], sum[i]);
+  }
   for (int64_t i = 0; i < rows; ++i) {
     T* x = first + i * p.row_stride;
     const int64_t target = p.target[(begin + i) * p.target_stride];
@@ -101,8 +136,7 @@ void block_pass(const Params& p, int64_t begin, int64_t end) {
       continue;
     }
     loss = shift[i] - load1(x + target);
-    sum[i] = p.write_grad ? row_exp_sum<true>(exponentials(x, i, n), x, n, shift[i])
-                          : row_exp_sum<false>(static_cast<float*>(nullptr), x, n, shift[i]);
+    if (p.write_grad) sum[i] = row_exp_sum<true>(exponentials(x, i, n), x, n, shift[i]);
   }
   for (int64_t i = 0; i < rows; i += kLanes) {
     const int count = static_cast<int>(rows - i < kLanes ? rows - i : kLanes);

@@ -8,6 +8,8 @@
 // The backward pass recomputes P from the log-sum-exp and adds up dk and dv tile by tile in a fixed order.
 #include "sparse_attention.h"
 
+#include <type_traits>
+
 #include "../core/parallel.h"
 #include "../core/simd.h"
 #include "tiles.h"
@@ -19,23 +21,25 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 
 namespace {
 
-constexpr int kRows = 4;                     // of the micro-kernel
-constexpr int kVecs = kLanes == 16 ? 4 : 2;  // 16 or 8 accumulators
-constexpr int64_t kPanel = kVecs * kLanes;
+// ---- C[M, N] (+)= A[M, K] B[K, N]. A is read along its rows, or along its columns where it is transposed in memory.
+// Vector v of row k of B is at b + v * b_vec + k * b_k; rows of C are dense, N a multiple of kLanes.
 
-// ---- C[M, N] (+)= A[M, K] B[K, N]; B and C rows are dense; N counts whole vectors, the memory behind is there
+constexpr int kVecs = kLanes == 16 ? 4 : 2;  // of the micro-kernel: 16 accumulators at 16 lanes, 8 at 8 or 4
+constexpr int64_t kDepth = 64;               // rows of B between two visits of C: they stay in the first-level cache
 
-template <int R, int V, bool kAdd>
-DF_INLINE void micro(float* c, int64_t ldc, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb,
+constexpr int rows_of_micro(int vecs) { return kLanes == 16 ? (vecs == 4 ? 4 : 8) : 8 / vecs; }
+
+template <int R, int V, bool kTransA, bool kAdd>
+DF_INLINE void micro(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t b_vec, int64_t b_k,
                      int64_t depth) {
   VecF acc[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = kAdd ? loadu(c + r * ldc + v * kLanes) : VecF{};
   for (int64_t k = 0; k < depth; ++k) {
     VecF row[V];
-    for (int v = 0; v < V; ++v) row[v] = loadu(b + k * ldb + v * kLanes);
+    for (int v = 0; v < V; ++v) row[v] = loadu(b + k * b_k + v * b_vec);
     for (int r = 0; r < R; ++r) {
-      const VecF x = splat(a[r * a_row + k * a_k]);
+      const VecF x = splat(kTransA ? a[k * lda + r] : a[r * lda + k]);
       for (int v = 0; v < V; ++v) acc[r][v] += x * row[v];
     }
   }
@@ -43,35 +47,58 @@ DF_INLINE void micro(float* c, int64_t ldc, const float* a, int64_t a_row, int64
     for (int v = 0; v < V; ++v) storeu(c + r * ldc + v * kLanes, acc[r][v]);
 }
 
-template <int V, bool kAdd>
-DF_INLINE void micro_rows(float* c, int64_t ldc, const float* a, int64_t a_row, int64_t a_k, const float* b,
-                          int64_t ldb, int64_t rows, int64_t depth) {
+template <int V, bool kTransA, bool kAdd>
+void micro_rows(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t b_vec, int64_t b_k,
+                int64_t rows, int64_t depth) {
+  constexpr int R = rows_of_micro(V);
+  const int64_t a_row = kTransA ? 1 : lda;
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    micro<kRows, V, kAdd>(c + r * ldc, ldc, a + r * a_row, a_row, a_k, b, ldb, depth);
-  for (; r < rows; ++r) micro<1, V, kAdd>(c + r * ldc, ldc, a + r * a_row, a_row, a_k, b, ldb, depth);
+  for (; r + R <= rows; r += R)
+    micro<R, V, kTransA, kAdd>(c + r * ldc, ldc, a + r * a_row, lda, b, b_vec, b_k, depth);
+  for (; r < rows; ++r) micro<1, V, kTransA, kAdd>(c + r * ldc, ldc, a + r * a_row, lda, b, b_vec, b_k, depth);
 }
 
-template <bool kAdd>
-void gemm(float* c, int64_t ldc, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, int64_t rows,
-          int64_t columns, int64_t depth) {
+template <bool kTransA, bool kAdd>
+void gemm_columns(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t b_vec, int64_t b_k,
+                  int64_t rows, int64_t columns, int64_t depth) {
   int64_t n = 0;
-  for (; n + kPanel <= columns; n += kPanel)
-    micro_rows<kVecs, kAdd>(c + n, ldc, a, a_row, a_k, b + n, ldb, rows, depth);
-  for (; n < columns; n += kLanes) micro_rows<1, kAdd>(c + n, ldc, a, a_row, a_k, b + n, ldb, rows, depth);
+  const auto panel = [&](auto vecs) {
+    constexpr int V = decltype(vecs)::value;
+    for (; n + V * kLanes <= columns; n += V * kLanes)
+      micro_rows<V, kTransA, kAdd>(c + n, ldc, a, lda, b + n / kLanes * b_vec, b_vec, b_k, rows, depth);
+  };
+  panel(std::integral_constant<int, kVecs>());
+  if constexpr (kVecs == 4) {
+    panel(std::integral_constant<int, 3>());
+    panel(std::integral_constant<int, 2>());
+  }
+  panel(std::integral_constant<int, 1>());
+}
+
+template <bool kTransA, bool kAdd>
+void gemm(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t b_vec, int64_t b_k, int64_t rows,
+          int64_t columns, int64_t depth) {
+  for (int64_t k = 0; k < depth || k == 0; k += kDepth) {
+    const int64_t part = depth - k < kDepth ? depth - k : kDepth;
+    const float* ak = a + (kTransA ? k * lda : k);
+    if (k == 0)
+      gemm_columns<kTransA, kAdd>(c, ldc, ak, lda, b, b_vec, b_k, rows, columns, part);
+    else
+      gemm_columns<kTransA, true>(c, ldc, ak, lda, b + k * b_k, b_vec, b_k, rows, columns, part);
+  }
 }
 
 // ---- memory of a task
 
+// What no position fills (between text and image, a prefix's empty slots) holds anything, and is masked.
 struct Workspace {
-  float* kt;  // [D, columns]: keys transposed
+  float* kt;  // [columns / kLanes, D, kLanes]: keys transposed, vector by vector
   float* v;   // [columns, Dp]
   float* k;   // [columns, Dp], backward
-  float* vt;  // [D, columns], backward
+  float* vt;  // as kt, backward
   float *dk, *dv;
   float *q, *o, *dout;  // [tile, Dp]
   float *s, *dp;        // [tile, width]
-  float* bias;
   int64_t columns, dim, width;
 };
 
@@ -79,11 +106,11 @@ DF_INLINE Workspace carve(const Params& p, const Layout& layout, bool backward) 
   static thread_local ThreadScratch scratch;
   Workspace w;
   w.dim = round_up(p.head_dim, kLanes);
-  w.columns = round_up(layout.slots, kLanes) + kPanel;
-  w.width = round_up(layout.num_text, kLanes) + round_up(layout.slots - layout.image_base, kLanes) + kPanel;
+  w.columns = round_up(layout.slots, kLanes);
+  w.width = round_up(layout.num_text, kLanes) + round_up(layout.slots - layout.image_base, kLanes) + kLanes;
+  if (w.width % 256 == 0) w.width += kLanes;  // or all rows of a tile meet in one cache set
   const int64_t sheet = w.columns * w.dim, strip = kTile * w.dim, scores = kTile * w.width;
-  const int64_t table = BiasTable::size(p.pattern, layout.num_image);
-  float* at = scratch.floats((backward ? 6 : 2) * sheet + 3 * strip + 2 * scores + table + 64);
+  float* at = scratch.floats((backward ? 6 : 2) * sheet + 3 * strip + 2 * scores);
   const auto take = [&at](int64_t n) {
     float* taken = at;
     at += n;
@@ -103,7 +130,6 @@ DF_INLINE Workspace carve(const Params& p, const Layout& layout, bool backward) 
   w.dout = take(strip);
   w.s = take(scores);
   w.dp = take(scores);
-  w.bias = take(table);
   return w;
 }
 
@@ -112,58 +138,41 @@ DF_INLINE void zero(float* to, int64_t n) { __builtin_memset(to, 0, static_cast<
 template <typename T>
 void pack_rows(float* rows, const Workspace& w, const Layout& layout, const Tensor4& t, int64_t b, int64_t h,
                int64_t head_dim) {
-  zero(rows, w.columns * w.dim);
   for_each_position(layout, [&](int64_t position, int64_t slot) {
     load_row(rows + slot * w.dim, row_of<T>(t, b, h, position), head_dim, w.dim);
   });
 }
 
-// [columns, Dp] -> [D, columns]
-void transpose(float* to, const float* rows, const Workspace& w, int64_t head_dim) {
-  for (int64_t c0 = 0; c0 < w.columns; c0 += kLanes)
-    for (int64_t d = 0; d < head_dim; ++d) {
-      float lane[kLanes];
-      for (int i = 0; i < kLanes; ++i) lane[i] = rows[(c0 + i) * w.dim + d];
-      storeu(to + d * w.columns + c0, loadu(lane));
-    }
-}
-
-// Scores of a tile into s: text columns [0, text), then image columns from `image_at`. Masked, the gaps -Inf.
-struct Extent {
-  int64_t text, text_padded, image, image_padded;
-  int64_t width() const { return text_padded + image_padded; }
-};
-
-DF_INLINE Extent extent_of(const Layout& layout, const Tile& tile) {
-  Extent e;
-  e.text = tile.text ? tile.key_end : layout.num_text;
-  e.text_padded = round_up(e.text, kLanes);
-  e.image = tile.text ? 0 : tile.key_end - tile.key_begin;
-  e.image_padded = round_up(e.image, kLanes);
-  return e;
+// [columns, Dp] -> [columns / kLanes, Dp, kLanes]
+void pack_transposed(float* to, const float* rows, const Workspace& w) {
+  for (int64_t c = 0; c < w.columns; c += kLanes)
+    for (int64_t d = 0; d < w.dim; d += kLanes)
+      transpose_block(to + c * w.dim + d * kLanes, kLanes, rows + c * w.dim + d, w.dim);
 }
 
 DF_INLINE void scores(float* s, const float* q, const float* kt, const Workspace& w, const Layout& layout,
-                      const Tile& tile, const Extent& e, int64_t head_dim) {
-  gemm<false>(s, w.width, q, w.dim, 1, kt, w.columns, tile.count, e.text, head_dim);
-  gemm<false>(s + e.text_padded, w.width, q, w.dim, 1, kt + layout.image_base + tile.key_begin, w.columns, tile.count,
-              e.image, head_dim);
+                      const Tile& tile, const Columns& c, int64_t head_dim) {
+  const int64_t vec = w.dim * kLanes;
+  gemm<false, false>(s, w.width, q, w.dim, kt, vec, kLanes, tile.count, c.text_padded, head_dim);
+  gemm<false, false>(s + c.text_padded, w.width, q, w.dim, kt + (layout.image_base + c.begin) * w.dim, vec, kLanes,
+                     tile.count, c.image_padded, head_dim);
 }
 
-DF_INLINE void mask_scores(float* s, const Workspace& w, const BiasTable& bias, const Tile& tile, const Extent& e) {
-  for (int64_t r = 0; r < tile.count; ++r) {
-    float* row = s + r * w.width;
-    const int64_t text = tile.text ? tile.local + r + 1 : e.text;
-    for (int64_t c = text; c < e.text_padded; ++c) row[c] = kMinusInf;
-    if (!e.image) continue;
-    float* image = row + e.text_padded;
-    const float* table = bias.of(tile.local + r, tile.key_begin);
-    for (int64_t c = 0; c + kLanes <= e.image; c += kLanes) {
-      const VecF allowed = loadu(table + c);
-      storeu(image + c, allowed < splat(0.0f) ? allowed : loadu(image + c));
-    }
-    for (int64_t c = e.image / kLanes * kLanes; c < e.image_padded; ++c)
-      if (c >= e.image || table[c] < 0.0f) image[c] = kMinusInf;
+// f(column, lanes that row r may see, whether that is all of them) over all columns of the row
+template <typename F>
+DF_INLINE void for_each_vector(const Columns& c, const BiasTable& bias, const Tile& tile, int64_t r, F&& f) {
+  const int64_t text = tile.text ? tile.local + r + 1 : c.text;
+  const VecI lanes = lane_index();
+  int64_t i = 0;
+  for (; i + kLanes <= text; i += kLanes) f(i, VecI{}, std::true_type());
+  for (; i < c.text_padded; i += kLanes) f(i, (VecI)(lanes < splat_i(static_cast<int32_t>(text - i))), std::false_type());
+  if (!c.image) return;
+  const float* table = bias.of(tile.local + r, c.begin);
+  for (i = 0; i < c.image_padded; i += kLanes) {
+    VecI seen = loadu(table + i) == VecF{};
+    if (i < c.skip) seen &= lanes >= splat_i(static_cast<int32_t>(c.skip - i));
+    if (i + kLanes > c.image) seen &= lanes < splat_i(static_cast<int32_t>(c.image - i));
+    f(c.text_padded + i, seen, std::false_type());
   }
 }
 
@@ -172,31 +181,35 @@ DF_INLINE void mask_scores(float* s, const Workspace& w, const BiasTable& bias, 
 template <typename T>
 void forward_tile(const Params& p, const Layout& layout, const Workspace& w, const BiasTable& bias, const Tile& tile,
                   int64_t b, int64_t h) {
-  const Extent e = extent_of(layout, tile);
+  const Columns c(layout, tile, kLanes, kLanes);
   for (int64_t r = 0; r < tile.count; ++r)
     load_row(w.q + r * w.dim, row_of<T>(p.q, b, h, tile.first + r * tile.step), p.head_dim, w.dim, p.scale);
-  scores(w.s, w.q, w.kt, w, layout, tile, e, p.head_dim);
-  mask_scores(w.s, w, bias, tile, e);
+  scores(w.s, w.q, w.kt, w, layout, tile, c, p.head_dim);
   float inverse[kTile];
   for (int64_t r = 0; r < tile.count; ++r) {
     float* row = w.s + r * w.width;
     VecF best = splat(kMinusInf);
-    for (int64_t c = 0; c < e.width(); c += kLanes) best = vmax(loadu(row + c), best);
+    for_each_vector(c, bias, tile, r, [&](int64_t i, VecI seen, auto all) {
+      const VecF x = loadu(row + i);
+      best = vmax(all ? x : select(seen, x, best), best);
+    });
     const float shift = hmax(best);
     VecF sum = {};
-    for (int64_t c = 0; c < e.width(); c += kLanes) {
-      const VecF x = exp(loadu(row + c) - splat(shift));
-      storeu(row + c, x);
+    for_each_vector(c, bias, tile, r, [&](int64_t i, VecI seen, auto all) {
+      const VecF e = exp(loadu(row + i) - splat(shift));
+      const VecF x = all ? e : select(seen, e, VecF{});
+      storeu(row + i, x);
       sum += x;
-    }
+    });
     const float total = hsum(sum);
     inverse[r] = 1.0f / total;
     p.lse[(b * p.num_heads + h) * p.length + tile.first + r * tile.step] = shift + log(splat(total))[0];
   }
-  gemm<false>(w.o, w.dim, w.s, w.width, 1, w.v, w.dim, tile.count, w.dim, e.text);
-  if (e.image)
-    gemm<true>(w.o, w.dim, w.s + e.text_padded, w.width, 1, w.v + (layout.image_base + tile.key_begin) * w.dim, w.dim,
-               tile.count, w.dim, e.image);
+  gemm<false, false>(w.o, w.dim, w.s, w.width, w.v, kLanes, w.dim, tile.count, w.dim, c.text);
+  if (c.image)
+    gemm<false, true>(w.o, w.dim, w.s + c.text_padded + c.skip, w.width,
+                      w.v + (layout.image_base + c.begin + c.skip) * w.dim, kLanes, w.dim, tile.count, w.dim,
+                      c.image - c.skip);
   for (int64_t r = 0; r < tile.count; ++r)
     store_row(const_cast<T*>(row_of<T>(p.out, b, h, tile.first + r * tile.step)), w.o + r * w.dim, p.head_dim,
               inverse[r]);
@@ -205,13 +218,13 @@ void forward_tile(const Params& p, const Layout& layout, const Workspace& w, con
 template <typename T>
 void run_forward(const Params& p) {
   const Layout layout(p, kLanes);
+  const BiasTable bias(layout);
   const int64_t group = p.num_heads / p.num_kv_heads;
   parallel_for(p.batch * p.num_kv_heads, [&](int64_t task) {
     const int64_t b = task / p.num_kv_heads, kv = task % p.num_kv_heads;
     const Workspace w = carve(p, layout, false);
-    const BiasTable bias(w.bias, layout);
     pack_rows<T>(w.v, w, layout, p.k, b, kv, p.head_dim);
-    transpose(w.kt, w.v, w, p.head_dim);
+    pack_transposed(w.kt, w.v, w);
     pack_rows<T>(w.v, w, layout, p.v, b, kv, p.head_dim);
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for_each_tile(layout, [&](const Tile& tile) { forward_tile<T>(p, layout, w, bias, tile, b, h); });
@@ -223,7 +236,7 @@ void run_forward(const Params& p) {
 template <typename T>
 void backward_tile(const Params& p, const Layout& layout, const Workspace& w, const BiasTable& bias, const Tile& tile,
                    int64_t b, int64_t h) {
-  const Extent e = extent_of(layout, tile);
+  const Columns c(layout, tile, kLanes, kLanes);
   float delta[kTile];
   for (int64_t r = 0; r < tile.count; ++r) {
     const int64_t l = tile.first + r * tile.step;
@@ -234,29 +247,28 @@ void backward_tile(const Params& p, const Layout& layout, const Workspace& w, co
     for (int64_t d = 0; d < w.dim; d += kLanes) sum += loadu(w.o + r * w.dim + d) * loadu(w.dout + r * w.dim + d);
     delta[r] = hsum(sum);
   }
-  scores(w.s, w.q, w.kt, w, layout, tile, e, p.head_dim);
-  mask_scores(w.s, w, bias, tile, e);
-  scores(w.dp, w.dout, w.vt, w, layout, tile, e, p.head_dim);
+  scores(w.s, w.q, w.kt, w, layout, tile, c, p.head_dim);
+  scores(w.dp, w.dout, w.vt, w, layout, tile, c, p.head_dim);
   for (int64_t r = 0; r < tile.count; ++r) {
     float* s = w.s + r * w.width;
     float* dp = w.dp + r * w.width;
     const VecF lse = splat(p.lse[(b * p.num_heads + h) * p.length + tile.first + r * tile.step]);
-    for (int64_t c = 0; c < e.width(); c += kLanes) {
-      const VecF probability = exp(loadu(s + c) - lse);
-      const VecF ds = probability * (loadu(dp + c) - splat(delta[r]));
-      storeu(s + c, probability);
-      storeu(dp + c, probability == splat(0.0f) ? splat(0.0f) : ds);  // the gaps of dp hold anything
-    }
+    for_each_vector(c, bias, tile, r, [&](int64_t i, VecI seen, auto all) {
+      const VecF e = exp(loadu(s + i) - lse);
+      const VecF ds = e * (loadu(dp + i) - splat(delta[r]));
+      storeu(s + i, all ? e : select(seen, e, VecF{}));
+      storeu(dp + i, all ? ds : select(seen, ds, VecF{}));
+    });
   }
-  const int64_t image = (layout.image_base + tile.key_begin) * w.dim;
-  gemm<false>(w.o, w.dim, w.dp, w.width, 1, w.k, w.dim, tile.count, w.dim, e.text);
-  gemm<true>(w.dv, w.dim, w.s, 1, w.width, w.dout, w.dim, e.text, w.dim, tile.count);
-  gemm<true>(w.dk, w.dim, w.dp, 1, w.width, w.q, w.dim, e.text, w.dim, tile.count);
-  if (e.image) {
-    const int64_t at = e.text_padded;
-    gemm<true>(w.o, w.dim, w.dp + at, w.width, 1, w.k + image, w.dim, tile.count, w.dim, e.image);
-    gemm<true>(w.dv + image, w.dim, w.s + at, 1, w.width, w.dout, w.dim, e.image, w.dim, tile.count);
-    gemm<true>(w.dk + image, w.dim, w.dp + at, 1, w.width, w.q, w.dim, e.image, w.dim, tile.count);
+  gemm<false, false>(w.o, w.dim, w.dp, w.width, w.k, kLanes, w.dim, tile.count, w.dim, c.text);
+  gemm<true, true>(w.dv, w.dim, w.s, w.width, w.dout, kLanes, w.dim, c.text, w.dim, tile.count);
+  gemm<true, true>(w.dk, w.dim, w.dp, w.width, w.q, kLanes, w.dim, c.text, w.dim, tile.count);
+  if (c.image) {
+    const int64_t at = c.text_padded + c.skip, keys = c.image - c.skip;
+    const int64_t row = (layout.image_base + c.begin + c.skip) * w.dim;
+    gemm<false, true>(w.o, w.dim, w.dp + at, w.width, w.k + row, kLanes, w.dim, tile.count, w.dim, keys);
+    gemm<true, true>(w.dv + row, w.dim, w.s + at, w.width, w.dout, kLanes, w.dim, keys, w.dim, tile.count);
+    gemm<true, true>(w.dk + row, w.dim, w.dp + at, w.width, w.q, kLanes, w.dim, keys, w.dim, tile.count);
   }
   for (int64_t r = 0; r < tile.count; ++r)
     store_row(const_cast<T*>(row_of<T>(p.dq, b, h, tile.first + r * tile.step)), w.o + r * w.dim, p.head_dim, p.scale);
@@ -265,15 +277,15 @@ void backward_tile(const Params& p, const Layout& layout, const Workspace& w, co
 template <typename T>
 void run_backward(const Params& p) {
   const Layout layout(p, kLanes);
+  const BiasTable bias(layout);
   const int64_t group = p.num_heads / p.num_kv_heads;
   parallel_for(p.batch * p.num_kv_heads, [&](int64_t task) {
     const int64_t b = task / p.num_kv_heads, kv = task % p.num_kv_heads;
     const Workspace w = carve(p, layout, true);
-    const BiasTable bias(w.bias, layout);
     pack_rows<T>(w.k, w, layout, p.k, b, kv, p.head_dim);
-    transpose(w.kt, w.k, w, p.head_dim);
+    pack_transposed(w.kt, w.k, w);
     pack_rows<T>(w.v, w, layout, p.v, b, kv, p.head_dim);
-    transpose(w.vt, w.v, w, p.head_dim);
+    pack_transposed(w.vt, w.v, w);
     zero(w.dk, w.columns * w.dim);
     zero(w.dv, w.columns * w.dim);
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)

@@ -19,25 +19,6 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896341f;
 
-// Score columns of a tile: all text, then image keys from `begin` (even, so that pairs line up), padded to whole
-// blocks.
-struct Columns {
-  int64_t rows;  // of the tile, padded to half blocks
-  int64_t text, text_padded;
-  int64_t begin, skip, image, image_padded;  // the first `skip` of `image` belong to nobody here
-  int64_t width() const { return text_padded + image_padded; }
-
-  Columns(const Layout& layout, const Tile& tile) {
-    rows = round_up(tile.count, kBlock / 2);
-    text = tile.text ? tile.key_end : layout.num_text;
-    text_padded = round_up(text, kBlock);
-    begin = tile.text ? 0 : tile.key_begin / 2 * 2;
-    skip = tile.text ? 0 : tile.key_begin - begin;
-    image = tile.text ? 0 : tile.key_end - begin;
-    image_padded = round_up(image, kBlock);
-  }
-};
-
 struct Workspace {
   bf16* rows;          // [columns, dim]: staging
   uint32_t *kt, *vt;   // [dim / 2, columns], pairs along the head dimension
@@ -50,7 +31,6 @@ struct Workspace {
   float *o, *s, *dp;   // [tile, dim], [tile, width] twice
   bf16* p;             // [tile, width]: P, or dS in the backward pass
   uint32_t *pp, *dsp;  // [tile / 2, width]
-  float* bias;
   int64_t columns, dim, width;
 };
 
@@ -61,7 +41,6 @@ DF_INLINE Workspace carve(const Params& p, const Layout& layout, bool backward) 
   w.columns = round_up(layout.slots, kBlock) + 3 * kBlock;  // a range may start anywhere and is read in whole blocks
   if (w.columns % 256 == 0) w.columns += kBlock;            // or all rows of a tile meet in one cache set
   w.width = round_up(layout.num_text, kBlock) + round_up(layout.slots - layout.image_base, kBlock) + kBlock;
-  const int64_t table = BiasTable::size(p.pattern, layout.num_image);
   const auto lay_out = [&](float* base) {
     int64_t at = 0;
     const auto take = [&](auto*& pointer, int64_t n) {
@@ -74,7 +53,6 @@ DF_INLINE Workspace carve(const Params& p, const Layout& layout, bool backward) 
     take(w.o, kTile * w.dim);
     take(w.s, kTile * w.width);
     take(w.p, kTile * w.width);
-    take(w.bias, table);
     if (!backward) {
       take(w.vp, w.columns / 2 * w.dim);
     } else {
@@ -146,9 +124,9 @@ DF_INLINE void transpose_tile(bf16* to, const Workspace& w, const bf16* rows) {
 }
 
 DF_INLINE void scores(float* s, const bf16* rows, const uint32_t* keys, const Workspace& w, const Layout& layout,
-                      const Columns& c, bool amx) {
-  gemm_bf16<false>(s, w.width, rows, w.dim, keys, w.columns, c.rows, c.text_padded, w.dim, amx);
-  gemm_bf16<false>(s + c.text_padded, w.width, rows, w.dim, keys + layout.image_base + c.begin, w.columns, c.rows,
+                      const Columns& c, int64_t rows_padded, bool amx) {
+  gemm_bf16<false>(s, w.width, rows, w.dim, keys, w.columns, rows_padded, c.text_padded, w.dim, amx);
+  gemm_bf16<false>(s + c.text_padded, w.width, rows, w.dim, keys + layout.image_base + c.begin, w.columns, rows_padded,
                    c.image_padded, w.dim, amx);
 }
 
@@ -179,9 +157,10 @@ DF_INLINE void for_each_visible(const Columns& c, const BiasTable& bias, const T
 
 void forward_tile(const Params& p, const Layout& layout, const Workspace& w, const BiasTable& bias, const Tile& tile,
                   int64_t b, int64_t h, bool amx) {
-  const Columns c(layout, tile);
+  const Columns c(layout, tile, 2, kBlock);  // an even start: pairs line up
+  const int64_t rows = round_up(tile.count, kBlock / 2);
   load_tile(w.q, w, p, p.q, tile, b, h, p.scale < 0.0f);
-  scores(w.s, w.q, w.kt, w, layout, c, amx);
+  scores(w.s, w.q, w.kt, w, layout, c, rows, amx);
   const float scale = __builtin_fabsf(p.scale), factor = scale * kLog2e;
   float inverse[kTile];
   for (int64_t r = 0; r < tile.count; ++r) {
@@ -208,10 +187,10 @@ void forward_tile(const Params& p, const Layout& layout, const Workspace& w, con
   }
   for (int64_t r = tile.count; r < kTile; ++r)
     __builtin_memset(w.p + r * w.width, 0, static_cast<std::size_t>(c.width()) * sizeof(bf16));
-  gemm_bf16<false>(w.o, w.dim, w.p, w.width, w.vp, w.dim, c.rows, w.dim, c.text_padded, amx);
+  gemm_bf16<false>(w.o, w.dim, w.p, w.width, w.vp, w.dim, rows, w.dim, c.text_padded, amx);
   if (c.image)
     gemm_bf16<true>(w.o, w.dim, w.p + c.text_padded, w.width, w.vp + (layout.image_base + c.begin) / 2 * w.dim, w.dim,
-                    c.rows, w.dim, c.image_padded, amx);
+                    rows, w.dim, c.image_padded, amx);
   for (int64_t r = 0; r < tile.count; ++r)
     store_row(const_cast<bf16*>(row_of<bf16>(p.out, b, h, tile.first + r * tile.step)), w.o + r * w.dim, p.head_dim,
               inverse[r]);
@@ -221,7 +200,8 @@ void forward_tile(const Params& p, const Layout& layout, const Workspace& w, con
 
 void backward_tile(const Params& p, const Layout& layout, const Workspace& w, const BiasTable& bias, const Tile& tile,
                    int64_t b, int64_t h, bool amx) {
-  const Columns c(layout, tile);
+  const Columns c(layout, tile, 2, kBlock);  // an even start: pairs line up
+  const int64_t rows = round_up(tile.count, kBlock / 2);
   load_tile(w.q, w, p, p.q, tile, b, h, p.scale < 0.0f);
   load_tile(w.dout, w, p, p.dout, tile, b, h, false);
   float delta[kTile] = {}, lse[kTile] = {};
@@ -235,8 +215,8 @@ void backward_tile(const Params& p, const Layout& layout, const Workspace& w, co
     delta[r] = hsum(sum);
     lse[r] = p.lse[(b * p.num_heads + h) * p.length + l] * kLog2e;
   }
-  scores(w.s, w.q, w.kt, w, layout, c, amx);
-  scores(w.dp, w.dout, w.vt, w, layout, c, amx);
+  scores(w.s, w.q, w.kt, w, layout, c, rows, amx);
+  scores(w.dp, w.dout, w.vt, w, layout, c, rows, amx);
   const float factor = __builtin_fabsf(p.scale) * kLog2e;
   for (int64_t r = 0; r < kTile; ++r) {
     const float* s = w.s + r * w.width;
@@ -270,12 +250,12 @@ void backward_tile(const Params& p, const Layout& layout, const Workspace& w, co
   }
   transpose_tile(w.qt, w, w.q);
   transpose_tile(w.doutt, w, w.dout);
-  gemm_bf16<false>(w.o, w.dim, w.p, w.width, w.kp, w.dim, c.rows, w.dim, c.text_padded, amx);
+  gemm_bf16<false>(w.o, w.dim, w.p, w.width, w.kp, w.dim, rows, w.dim, c.text_padded, amx);
   gemm_bf16<true>(w.dvt, w.columns, w.doutt, kTile, w.pp, w.width, w.dim, c.text_padded, kTile, amx);
   gemm_bf16<true>(w.dkt, w.columns, w.qt, kTile, w.dsp, w.width, w.dim, c.text_padded, kTile, amx);
   if (c.image) {
     const int64_t at = c.text_padded, slot = layout.image_base + c.begin;
-    gemm_bf16<true>(w.o, w.dim, w.p + at, w.width, w.kp + slot / 2 * w.dim, w.dim, c.rows, w.dim, c.image_padded, amx);
+    gemm_bf16<true>(w.o, w.dim, w.p + at, w.width, w.kp + slot / 2 * w.dim, w.dim, rows, w.dim, c.image_padded, amx);
     gemm_bf16<true>(w.dvt + slot, w.columns, w.doutt, kTile, w.pp + at, w.width, w.dim, c.image_padded, kTile, amx);
     gemm_bf16<true>(w.dkt + slot, w.columns, w.qt, kTile, w.dsp + at, w.width, w.dim, c.image_padded, kTile, amx);
   }
@@ -297,13 +277,13 @@ void store_transposed(const Workspace& w, const Layout& layout, const Params& p,
 
 void forward(const Params& p) {
   const Layout layout(p, kBlock);
+  const BiasTable bias(layout);
   const int64_t group = p.num_heads / p.num_kv_heads;
   const bool amx = cpu_level() >= CpuLevel::kAmx;
   parallel_for(p.batch * p.num_kv_heads, [&](int64_t task) {
     const TileScope tiles(amx);
     const int64_t b = task / p.num_kv_heads, kv = task % p.num_kv_heads;
     const Workspace w = carve(p, layout, false);
-    const BiasTable bias(w.bias, layout);
     stage_rows(w, layout, p.k, b, kv, p.head_dim);
     pack_transposed(w.kt, w);
     stage_rows(w, layout, p.v, b, kv, p.head_dim);
@@ -315,13 +295,13 @@ void forward(const Params& p) {
 
 void backward(const Params& p) {
   const Layout layout(p, kBlock);
+  const BiasTable bias(layout);
   const int64_t group = p.num_heads / p.num_kv_heads;
   const bool amx = cpu_level() >= CpuLevel::kAmx;
   parallel_for(p.batch * p.num_kv_heads, [&](int64_t task) {
     const TileScope tiles(amx);
     const int64_t b = task / p.num_kv_heads, kv = task % p.num_kv_heads;
     const Workspace w = carve(p, layout, true);
-    const BiasTable bias(w.bias, layout);
     stage_rows(w, layout, p.v, b, kv, p.head_dim);
     pack_transposed(w.vt, w);
     stage_rows(w, layout, p.k, b, kv, p.head_dim);

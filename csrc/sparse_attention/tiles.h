@@ -3,6 +3,7 @@
 // column pattern the image is packed column by column, so that its range is contiguous too.
 #pragma once
 
+#include "../core/parallel.h"
 #include "../core/simd.h"
 #include "sparse_attention.h"
 
@@ -74,20 +75,36 @@ DF_INLINE void for_each_tile(const Layout& layout, F&& f) {
   }
 }
 
+// Score columns of a tile: all text, then image keys from `begin`, a multiple of `align`; each part padded to `block`.
+struct Columns {
+  int64_t text, text_padded;
+  int64_t begin, skip, image, image_padded;  // the first `skip` of `image` belong to nobody here
+  int64_t width() const { return text_padded + image_padded; }
+
+  Columns(const Layout& layout, const Tile& tile, int64_t align, int64_t block) {
+    text = tile.text ? tile.key_end : layout.num_text;
+    text_padded = round_up(text, block);
+    begin = tile.text ? 0 : tile.key_begin / align * align;
+    skip = tile.text ? 0 : tile.key_begin - begin;
+    image = tile.text ? 0 : tile.key_end - begin;
+    image_padded = round_up(image, block);
+  }
+};
+
 // allowed[phase][key - query + shift] in packed order: 0 or -Inf. Only a conv window that respects row ends needs a
-// phase per column of the query.
+// phase per column of the query. Built once a call, by the calling thread, in that thread's scratch.
 struct BiasTable {
   float* data;
   int64_t shift, row, phases;
 
-  static int64_t size(const Pattern& p, int64_t n) { return phases_of(p) * row_of(n); }
   static int64_t phases_of(const Pattern& p) { return p.kind == PatternKind::kConv && !p.wraparound ? p.width : 1; }
   static int64_t row_of(int64_t n) { return 2 * n + 6 * kTile; }  // a range is read in whole blocks
 
-  BiasTable(float* memory, const Layout& layout)
-      : data(memory), shift(layout.num_image + kTile), row(row_of(layout.num_image)) {
+  explicit BiasTable(const Layout& layout)
+      : shift(layout.num_image + kTile), row(row_of(layout.num_image)), phases(phases_of(*layout.pattern)) {
+    static thread_local ThreadScratch scratch;
     const Pattern& p = *layout.pattern;
-    phases = phases_of(p);
+    data = scratch.floats(phases * row);
     for (int64_t phase = 0; phase < phases; ++phase) {
       float* table = data + phase * row;
       for (int64_t i = 0; i < row; ++i) table[i] = kMinusInf;
