@@ -18,6 +18,9 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int) {}
 };
+inline std::size_t dynamic_shared_limit(int) { return 16 * 1024; }  // small, so that tests meet both sides of it
+template <typename Kernel>
+void allow_dynamic_shared(Kernel, std::size_t) {}
 }  // namespace dalle_fast
 
 #else
@@ -64,6 +67,18 @@ class DeviceGuard {
  private:
   int previous_ = 0;
 };
+
+// Bytes of shared memory a block may have in all, and leave for a kernel to use more than 48 KiB of it.
+inline std::size_t dynamic_shared_limit(int device) {
+  int bytes = 0;
+  DF_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return static_cast<std::size_t>(bytes);
+}
+template <typename Kernel>
+void allow_dynamic_shared(Kernel kernel, std::size_t bytes) {
+  if (bytes > 32 * 1024)
+    DF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
 
 }  // namespace dalle_fast
 

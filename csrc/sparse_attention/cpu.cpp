@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "../core/gemm.h"
 #include "../core/parallel.h"
 #include "../core/simd.h"
 #include "tiles.h"
@@ -20,73 +21,6 @@ namespace DF_CPU_NAMESPACE {
 using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 
 namespace {
-
-// ---- C[M, N] (+)= A[M, K] B[K, N]. A is read along its rows, or along its columns where it is transposed in memory.
-// Vector v of row k of B is at b + v * b_vec + k * b_k; rows of C are dense, N a multiple of kLanes.
-
-constexpr int kVecs = kLanes == 16 ? 4 : 2;  // of the micro-kernel: 16 accumulators at 16 lanes, 8 at 8 or 4
-constexpr int64_t kDepth = 64;               // rows of B between two visits of C: they stay in the first-level cache
-
-constexpr int rows_of_micro(int vecs) { return kLanes == 16 ? (vecs == 4 ? 4 : 8) : 8 / vecs; }
-
-template <int R, int V, bool kTransA, bool kAdd>
-DF_INLINE void micro(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t b_vec, int64_t b_k,
-                     int64_t depth) {
-  VecF acc[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) acc[r][v] = kAdd ? loadu(c + r * ldc + v * kLanes) : VecF{};
-  for (int64_t k = 0; k < depth; ++k) {
-    VecF row[V];
-    for (int v = 0; v < V; ++v) row[v] = loadu(b + k * b_k + v * b_vec);
-    for (int r = 0; r < R; ++r) {
-      const VecF x = splat(kTransA ? a[k * lda + r] : a[r * lda + k]);
-      for (int v = 0; v < V; ++v) acc[r][v] += x * row[v];
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) storeu(c + r * ldc + v * kLanes, acc[r][v]);
-}
-
-template <int V, bool kTransA, bool kAdd>
-void micro_rows(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t b_vec, int64_t b_k,
-                int64_t rows, int64_t depth) {
-  constexpr int R = rows_of_micro(V);
-  const int64_t a_row = kTransA ? 1 : lda;
-  int64_t r = 0;
-  for (; r + R <= rows; r += R)
-    micro<R, V, kTransA, kAdd>(c + r * ldc, ldc, a + r * a_row, lda, b, b_vec, b_k, depth);
-  for (; r < rows; ++r) micro<1, V, kTransA, kAdd>(c + r * ldc, ldc, a + r * a_row, lda, b, b_vec, b_k, depth);
-}
-
-template <bool kTransA, bool kAdd>
-void gemm_columns(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t b_vec, int64_t b_k,
-                  int64_t rows, int64_t columns, int64_t depth) {
-  int64_t n = 0;
-  const auto panel = [&](auto vecs) {
-    constexpr int V = decltype(vecs)::value;
-    for (; n + V * kLanes <= columns; n += V * kLanes)
-      micro_rows<V, kTransA, kAdd>(c + n, ldc, a, lda, b + n / kLanes * b_vec, b_vec, b_k, rows, depth);
-  };
-  panel(std::integral_constant<int, kVecs>());
-  if constexpr (kVecs == 4) {
-    panel(std::integral_constant<int, 3>());
-    panel(std::integral_constant<int, 2>());
-  }
-  panel(std::integral_constant<int, 1>());
-}
-
-template <bool kTransA, bool kAdd>
-void gemm(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t b_vec, int64_t b_k, int64_t rows,
-          int64_t columns, int64_t depth) {
-  for (int64_t k = 0; k < depth || k == 0; k += kDepth) {
-    const int64_t part = depth - k < kDepth ? depth - k : kDepth;
-    const float* ak = a + (kTransA ? k * lda : k);
-    if (k == 0)
-      gemm_columns<kTransA, kAdd>(c, ldc, ak, lda, b, b_vec, b_k, rows, columns, part);
-    else
-      gemm_columns<kTransA, true>(c, ldc, ak, lda, b + k * b_k, b_vec, b_k, rows, columns, part);
-  }
-}
 
 // ---- memory of a task
 
@@ -165,7 +99,8 @@ DF_INLINE void for_each_vector(const Columns& c, const BiasTable& bias, const Ti
   const VecI lanes = lane_index();
   int64_t i = 0;
   for (; i + kLanes <= text; i += kLanes) f(i, VecI{}, std::true_type());
-  for (; i < c.text_padded; i += kLanes) f(i, (VecI)(lanes < splat_i(static_cast<int32_t>(text - i))), std::false_type());
+  for (; i < c.text_padded; i += kLanes)
+    f(i, (VecI)(lanes < splat_i(static_cast<int32_t>(text - i))), std::false_type());
   if (!c.image) return;
   const float* table = bias.of(tile.local + r, c.begin);
   for (i = 0; i < c.image_padded; i += kLanes) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .decode_attention import decode_attention
 from .gumbel_softmax import gumbel_softmax
+from .householder import orthonormalize
 from .linear_cross_entropy import linear_cross_entropy
 from .minifloat import minifloat_decode, minifloat_encode
 from .null import null
@@ -19,5 +20,6 @@ __all__ = [
     "minifloat_decode",
     "minifloat_encode",
     "null",
+    "orthonormalize",
     "sparse_attention",
 ]

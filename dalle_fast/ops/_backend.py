@@ -30,6 +30,7 @@ CUDA_ROOMS: set[str] = {
     "adamw16",
     "decode_attention",
     "gumbel_softmax",
+    "householder",
     "linear_cross_entropy",
     "minifloat",
     "null",

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""Matrices to orthonormalise for the generic tests and benchmarks."""
+
+from __future__ import annotations
+
+import torch
+
+from .._cases import Arguments, Case, Room, randn
+from . import orthonormalize
+from .reference import orthonormalize_reference
+
+
+def _case(name: str, *shape: int, eps: float = 1e-6, column_scales: tuple[float, float] | None = None) -> Case:
+    def build(generator: torch.Generator, dtype: torch.dtype) -> Arguments:
+        p = randn(generator, *shape, dtype=dtype, requires_grad=False)
+        if column_scales:
+            p = p * torch.logspace(*column_scales, shape[-1])
+        return (p,), {"eps": eps}
+
+    return Case(name, build, (torch.float32,))
+
+
+def _qr(p: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.linalg.qr(p + eps * torch.eye(*p.shape[-2:])).Q
+
+
+ROOM = Room(
+    name="householder",
+    function=orthonormalize,
+    reference=orthonormalize_reference,
+    cases=(
+        _case("tall", 37, 5),
+        _case("batch", 3, 41, 20, eps=0.5),
+        _case("panels", 70, 35),
+        _case("wide", 150, 140, eps=3.0),
+        _case("square", 2, 18, 18, eps=4.0),
+        _case("graded", 64, 24, column_scales=(-12, 12)),
+        _case("tiny", 30, 7, column_scales=(-30, -30), eps=0.0),
+        _case("huge", 30, 7, column_scales=(30, 30)),
+        _case("column", 9, 1),
+        _case("one", 1, 1),
+        _case("empty_batch", 0, 8, 4),
+        _case("no_columns", 2, 8, 0),
+    ),
+    # A basis moves by about condition number x rounding x m; the cases have condition numbers below 100.
+    tolerance={torch.float32: (0.0, 2e-5)},
+    differentiable=False,
+    benchmarks=(
+        _case("496x112", 496, 112),
+        _case("1984x112", 1984, 112),
+        _case("3968x112", 3968, 112),
+        _case("32 x 496x112", 32, 496, 112),
+    ),
+    peers={"torch.linalg.qr": _qr},
+)
