@@ -19,6 +19,7 @@ void bind_householder(pybind11::module_& m);
 void bind_linear_cross_entropy(pybind11::module_&);
 void bind_minifloat(pybind11::module_&);
 void bind_null(pybind11::module_&);
+void bind_powersgd(pybind11::module_& m);
 void bind_sparse_attention(pybind11::module_&);
 }  // namespace dalle_fast
 
@@ -51,6 +52,7 @@ PYBIND11_MODULE(DF_MODULE, m) {
   bind_linear_cross_entropy(m);
   bind_minifloat(m);
   bind_null(m);
+  bind_powersgd(m);
   bind_sparse_attention(m);
 
   m.def("cpu_level", [] { return static_cast<int>(cpu_level()); });

@@ -10,6 +10,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .minifloat import minifloat_decode, minifloat_encode
 from .null import null
 from .pattern import AttentionPattern
+from .powersgd import powersgd_project, powersgd_reconstruct
 from .sparse_attention import sparse_attention
 
 __all__ = [
@@ -21,5 +22,7 @@ __all__ = [
     "minifloat_encode",
     "null",
     "orthonormalize",
+    "powersgd_project",
+    "powersgd_reconstruct",
     "sparse_attention",
 ]

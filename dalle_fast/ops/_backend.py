@@ -34,6 +34,7 @@ CUDA_ROOMS: set[str] = {
     "linear_cross_entropy",
     "minifloat",
     "null",
+    "powersgd",
     "sparse_attention",
 }
 

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: MIT
+// Tiles of 64 x 64 numbers: decoded, added to and encoded in the first-level cache, then multiplied in float32. E is
+// read and written once a product. Each output row is summed by one task in one order.
+#include "powersgd.h"
+
+#include "../core/gemm.h"
+#include "../core/minifloat_simd.h"
+#include "../core/parallel.h"
+
+namespace dalle_fast::powersgd {
+namespace DF_CPU_NAMESPACE {
+
+using namespace ::dalle_fast::DF_CPU_NAMESPACE;
+
+namespace {
+
+constexpr int64_t kTile = 64;
+
+DF_INLINE VecH encode(VecF x) { return ::dalle_fast::DF_CPU_NAMESPACE::minifloat_encode<true>(x); }
+DF_INLINE VecF decode(VecH h) { return ::dalle_fast::DF_CPU_NAMESPACE::minifloat_decode<true>(h); }
+DF_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+DF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+DF_INLINE int lanes_of(int64_t rest) { return static_cast<int>(rest < kLanes ? rest : kLanes); }
+DF_INLINE VecI not_finite(VecF x) { return (x - x) != VecF{}; }
+DF_INLINE bool any(VecI mask) {
+  int32_t all = 0;
+  for (int i = 0; i < kLanes; ++i) all |= mask[i];
+  return all != 0;
+}
+DF_INLINE void clear(int32_t* flag) { __atomic_store_n(flag, 0, __ATOMIC_RELAXED); }
+
+template <typename T>
+DF_INLINE VecF load(const T* p, int n) {
+  return n == kLanes ? loadu(p) : load_n(p, n);
+}
+DF_INLINE VecF load_code(const uint16_t* p, int n) { return decode(load_h(p, n)); }
+
+// [rows, rank] of codes or float32 -> float32 rows of `width`, filled up with zeros
+DF_INLINE void decode_rows(float* to, int64_t width, const void* from, bool codes, int64_t rows, int64_t rank) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int n = lanes_of(rank - c);
+      const int64_t at = i * rank + c;
+      storeu(to + i * width + c, codes ? load_code(static_cast<const uint16_t*>(from) + at, n)
+                                       : load(static_cast<const float*>(from) + at, n));
+    }
+}
+
+template <typename T>
+bool all_finite(const ProjectParams& p) {
+  const int64_t outer = p.transposed ? p.depth : p.rows, inner = p.transposed ? p.rows : p.depth;
+  int32_t finite = 1;
+  parallel_chunks(outer, 64, [&](int64_t begin, int64_t end) {
+    VecI bad = {};
+    for (int64_t o = begin; o < end; ++o) {
+      const T* row = static_cast<const T*>(p.grad) + o * p.grad_stride;
+      for (int64_t i = 0; i < inner; i += kLanes) bad |= not_finite(load(row + i, lanes_of(inner - i)));
+    }
+    if (any(bad)) clear(&finite);
+  });
+  return finite != 0;
+}
+
+// Numbers of E, `outer` rows of `inner` dense ones from (o0, i0), after the gradient where kAdd.
+template <typename T, bool kAdd>
+DF_INLINE void load_tile(float* tile, const ProjectParams& p, int64_t o0, int64_t i0, int64_t outer, int64_t inner,
+                         VecI& bad) {
+  for (int64_t o = 0; o < outer; ++o) {
+    uint16_t* code = p.error + (o0 + o) * p.error_stride + i0;
+    for (int64_t i = 0; i < inner; i += kLanes) {
+      const int n = lanes_of(inner - i);
+      VecF e = load_code(code + i, n);
+      if (kAdd) {
+        const T* grad = static_cast<const T*>(p.grad) + (o0 + o) * p.grad_stride + i0 + i;
+        const VecH sum = encode(e + load(grad, n) * splat(p.inverse_grad_scale));
+        store_h(code + i, sum, n);
+        e = decode(sum);
+      }
+      bad |= not_finite(e);
+      storeu(tile + o * kTile + i, e);
+    }
+  }
+}
+
+template <typename T, bool kAdd>
+void project_rows(const ProjectParams& p, const float* factor, int64_t width, int64_t begin, int64_t end) {
+  static thread_local ThreadScratch scratch;
+  float* tile = scratch.floats(kTile * kTile + kTile * width);
+  float* sum = tile + kTile * kTile;
+  const int64_t rows = end - begin;
+  VecI bad_error = {}, bad_out = {};
+  __builtin_memset(sum, 0, static_cast<std::size_t>(kTile * width) * sizeof(float));
+  for (int64_t k = 0; k < p.depth; k += kTile) {
+    const int64_t depth = smaller(kTile, p.depth - k);
+    if (p.transposed) {
+      load_tile<T, kAdd>(tile, p, k, begin, depth, rows, bad_error);
+      gemm<true, true>(sum, width, tile, kTile, factor + k * width, kLanes, width, rows, width, depth);
+    } else {
+      load_tile<T, kAdd>(tile, p, begin, k, rows, depth, bad_error);
+      gemm<false, true>(sum, width, tile, kTile, factor + k * width, kLanes, width, rows, width, depth);
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < p.rank; c += kLanes) {
+      const VecH code = encode(loadu(sum + i * width + c) * splat(p.scale));
+      const VecF x = decode(code);
+      const int n = lanes_of(p.rank - c);
+      bad_out |= not_finite(x) & (VecI)(lane_index() < splat_i(n));
+      const VecF most = splat(15.984375f);
+      const VecF clamped = x > most ? most : x < -most ? -most : x;
+      store_h(p.out + (begin + i) * p.rank + c, encode(clamped), n);
+    }
+  if (any(bad_error)) clear(p.status + 1);
+  if (any(bad_out)) clear(p.status + 2);
+}
+
+}  // namespace
+
+void project(const ProjectParams& p) {
+  static thread_local ThreadScratch scratch;
+  const int64_t width = round_up(p.rank, kLanes);
+  float* factor = scratch.floats(p.depth * width);
+  decode_rows(factor, width, p.factor, p.factor_is_codes, p.depth, p.rank);
+  const bool finite = !p.grad || (p.grad_is_bf16 ? all_finite<bf16>(p) : all_finite<float>(p));
+  if (!finite) clear(p.status);
+  parallel_chunks(p.rows, kTile, [&](int64_t begin, int64_t end) {
+    if (!p.grad || !finite)
+      project_rows<float, false>(p, factor, width, begin, end);
+    else if (p.grad_is_bf16)
+      project_rows<bf16, true>(p, factor, width, begin, end);
+    else
+      project_rows<float, true>(p, factor, width, begin, end);
+  });
+}
+
+void reconstruct(const ReconstructParams& p) {
+  static thread_local ThreadScratch packed_scratch;
+  const int64_t width = round_up(p.rank, kLanes), columns = round_up(p.columns, kLanes);
+  float* packed = packed_scratch.floats(columns * width + kLanes * width);  // right^T, vector by vector
+  float* staging = packed + columns * width;
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const int64_t n = smaller(kLanes, p.columns - c);
+    __builtin_memset(staging, 0, static_cast<std::size_t>(kLanes * width) * sizeof(float));
+    decode_rows(staging, width, p.right + c * p.rank, true, n, p.rank);
+    for (int64_t r = 0; r < width; r += kLanes)
+      transpose_block(packed + c * width + r * kLanes, kLanes, staging + r, width);
+  }
+  parallel_chunks(p.rows, kTile, [&](int64_t begin, int64_t end) {
+    static thread_local ThreadScratch scratch;
+    float* left = scratch.floats(kTile * width + kTile * kTile);
+    float* tile = left + kTile * width;
+    const int64_t rows = end - begin;
+    decode_rows(left, width, p.left + begin * p.rank, true, rows, p.rank);
+    for (int64_t c0 = 0; c0 < p.columns; c0 += kTile) {
+      const int64_t n = smaller(kTile, p.columns - c0);
+      gemm<false, false>(tile, kTile, left, width, packed + c0 * width, width * kLanes, kLanes, rows,
+                         round_up(n, kLanes), p.rank);
+      for (int64_t i = 0; i < rows; ++i) {
+        float* grad = p.grad + (begin + i) * p.grad_stride + c0;
+        uint16_t* error = p.error ? p.error + (begin + i) * p.error_stride + c0 : nullptr;
+        for (int64_t c = 0; c < n; c += kLanes) {
+          const int lanes = lanes_of(n - c);
+          const VecF g = loadu(tile + i * kTile + c), out = g * splat(p.grad_factor);
+          lanes == kLanes ? storeu(grad + c, out) : store_n(grad + c, out, lanes);
+          if (!error) continue;
+          const VecF e = load_code(error + c, lanes) - g * splat(p.error_factor);
+          store_h(error + c, encode(e), lanes);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace DF_CPU_NAMESPACE
+}  // namespace dalle_fast::powersgd

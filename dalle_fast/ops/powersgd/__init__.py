@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: MIT
+"""The matrix products of PowerSGD on an error buffer in the 1-6-9 format."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import _backend
+from . import op
+from .reference import powersgd_project_reference, powersgd_reconstruct_reference
+
+
+class Projection(NamedTuple):
+    """What `powersgd_project` returns."""
+
+    code: torch.Tensor
+    """[m, r] uint16, 1-6-9 codes."""
+    status: torch.Tensor
+    """[3] int32: 1 where all of (grad, the error buffer, the product before clamping) is finite."""
+
+
+def powersgd_project(
+    error: torch.Tensor,
+    factor: torch.Tensor,
+    grad: torch.Tensor | None = None,
+    *,
+    inverse_grad_scale: float = 1.0,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Projection:
+    """Adds a gradient into the error buffer and multiplies the buffer by a factor, in one pass (spec 5.3, steps 2-6).
+
+    E <- E + inverse_grad_scale * grad in 1-6-9 where all of `grad` is finite, else E stays; then scale * E X in 1-6-9,
+    infinities clamped to the largest number. P = E Q is `powersgd_project(error, q, grad)`; Q_new = E^T P is
+    `powersgd_project(error.mT, p)`.
+
+    Args:
+        error: [m, n] uint16, 1-6-9 codes, changed in place. Any strides; read where it lies if one dimension is
+            dense (a transposed view is welcome).
+        factor: [n, r], uint16 codes or float32.
+        grad: [m, n], float32 or bfloat16, or None. It is copied where its dense dimension is not that of `error`.
+        inverse_grad_scale: 1 / the loss or resblock scale in `grad`.
+        scale: constant that keeps the product within the format.
+        backend: "auto", "cuda", "cpu" or "reference".
+
+    Returns:
+        Projection(code, status). Nothing is synchronised with the host. Not differentiable.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes that do not fit, or an unknown `backend`.
+        RuntimeError: an explicit `backend` cannot run.
+    """
+    _check_codes(error, "error")
+    if not isinstance(factor, torch.Tensor) or factor.dtype not in (torch.uint16, torch.float32):
+        got = factor.dtype if isinstance(factor, torch.Tensor) else type(factor).__name__
+        raise TypeError(f"factor: expected a uint16 or float32 torch.Tensor, got {got}")
+    if factor.dim() != 2 or factor.shape[0] != error.shape[1]:
+        raise ValueError(
+            f"factor: expected shape [{error.shape[1]}, r] for error of {list(error.shape)}, got {list(factor.shape)}"
+        )
+    if grad is not None:
+        if not isinstance(grad, torch.Tensor) or not grad.is_floating_point():
+            got = grad.dtype if isinstance(grad, torch.Tensor) else type(grad).__name__
+            raise TypeError(f"grad: expected a floating torch.Tensor, got {got}")
+        if grad.shape != error.shape:
+            raise ValueError(f"grad: expected shape {list(error.shape)} as error has, got {list(grad.shape)}")
+        grad = grad.detach()
+    for name, tensor in (("factor", factor), ("grad", grad)):
+        if tensor is not None and tensor.device != error.device:
+            raise ValueError(f"{name}: expected the device of error ({error.device}), got {tensor.device}")
+    if _backend.choose("powersgd", backend, error) == "reference":
+        return Projection(*powersgd_project_reference(error, factor, grad, inverse_grad_scale, scale))
+    return Projection(*op.powersgd_project(error, factor.detach(), grad, float(inverse_grad_scale), float(scale)))
+
+
+def powersgd_reconstruct(
+    p: torch.Tensor,
+    q: torch.Tensor,
+    error: torch.Tensor | None = None,
+    *,
+    grad_factor: float = 1.0,
+    error_factor: float = 1.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The decompressed gradient, and what it leaves in the error buffer (spec 5.3, steps 11 and 12).
+
+    G = P Q^T in float32; returns grad_factor * G; E <- E - error_factor * G in 1-6-9.
+
+    Args:
+        p: [m, r] uint16, 1-6-9 codes.
+        q: [n, r] uint16, 1-6-9 codes.
+        error: [m, n] uint16, 1-6-9 codes, changed in place, any strides; None leaves error feedback out.
+        grad_factor: undoes the constants in p and q; times the clip by the global norm.
+        error_factor: undoes the constants; divided by the number of machines.
+        backend: "auto", "cuda", "cpu" or "reference".
+
+    Returns:
+        [m, n] float32, with the dense dimension of `error`. Not differentiable.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes that do not fit, or an unknown `backend`.
+        RuntimeError: an explicit `backend` cannot run.
+    """
+    _check_codes(p, "p")
+    _check_codes(q, "q")
+    if q.shape[1] != p.shape[1]:
+        raise ValueError(f"q: expected shape [n, {p.shape[1]}] for p of {list(p.shape)}, got {list(q.shape)}")
+    if error is not None:
+        _check_codes(error, "error")
+        if error.shape != (p.shape[0], q.shape[0]):
+            raise ValueError(f"error: expected shape [{p.shape[0]}, {q.shape[0]}], got {list(error.shape)}")
+    for name, tensor in (("q", q), ("error", error)):
+        if tensor is not None and tensor.device != p.device:
+            raise ValueError(f"{name}: expected the device of p ({p.device}), got {tensor.device}")
+    if _backend.choose("powersgd", backend, p) == "reference":
+        return powersgd_reconstruct_reference(p, q, error, grad_factor, error_factor)
+    return op.powersgd_reconstruct(p, q, error, float(grad_factor), float(error_factor))
+
+
+def _check_codes(tensor: torch.Tensor, name: str) -> None:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.uint16:
+        got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected a uint16 torch.Tensor, got {got}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: expected two dimensions, got shape {list(tensor.shape)}")

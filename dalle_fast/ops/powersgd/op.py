@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""torch's view of powersgd: schemas and allocation."""
+
+from __future__ import annotations
+
+import torch
+
+from .._backend import _C, stream_of
+from .._register import register_op
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether one of two dimensions is dense, as the kernels want it."""
+    return 1 in tensor.stride() or 1 in tensor.shape
+
+
+def _dense_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`tensor` with the dense dimension of `like`, copied if need be."""
+    last = like.stride(1) == 1 or like.shape[1] == 1
+    dim = 1 if last else 0
+    if tensor.stride(dim) == 1 or tensor.shape[dim] == 1:
+        return tensor
+    return tensor.contiguous() if last else tensor.mT.contiguous().mT
+
+
+def _project(error, factor, grad, inverse_grad_scale, scale):
+    if error.numel() and not _is_dense(error):
+        buffer = error.contiguous()
+        results = _project(buffer, factor, grad, inverse_grad_scale, scale)
+        error.copy_(buffer)
+        return results
+    code, status = _project_fake(error, factor, grad, inverse_grad_scale, scale)
+    status.fill_(1)
+    if grad is not None:
+        if grad.dtype not in (torch.float32, torch.bfloat16):
+            grad = grad.float()
+        grad = _dense_as(grad, error)
+    if error.numel():
+        _C.powersgd_project(code, status, error, factor.contiguous(), grad, inverse_grad_scale, scale, stream_of(error))
+    else:
+        code.zero_()
+    return code, status
+
+
+def _project_fake(error, factor, grad, inverse_grad_scale, scale):
+    code = error.new_empty(error.shape[0], factor.shape[1])
+    return code, error.new_empty(3, dtype=torch.int32)
+
+
+def _reconstruct(p, q, error, grad_factor, error_factor):
+    if error is not None and error.numel() and not _is_dense(error):
+        buffer = error.contiguous()
+        grad = _reconstruct(p, q, buffer, grad_factor, error_factor)
+        error.copy_(buffer)
+        return grad
+    grad = _reconstruct_fake(p, q, error, grad_factor, error_factor)
+    if grad.numel():
+        _C.powersgd_reconstruct(grad, p.contiguous(), q.contiguous(), error, grad_factor, error_factor, stream_of(p))
+    return grad
+
+
+def _reconstruct_fake(p, q, error, grad_factor, error_factor):
+    m, n = p.shape[0], q.shape[0]
+    if error is None or error.stride(1) == 1 or n == 1 or not _is_dense(error):
+        return p.new_empty(m, n, dtype=torch.float32)
+    return p.new_empty(n, m, dtype=torch.float32).mT
+
+
+powersgd_project = register_op(
+    "powersgd_project",
+    "(Tensor(a!) error, Tensor factor, Tensor? grad, float inverse_grad_scale, float scale) -> (Tensor, Tensor)",
+    _project,
+    _project_fake,
+)
+powersgd_reconstruct = register_op(
+    "powersgd_reconstruct",
+    "(Tensor p, Tensor q, Tensor(a!)? error, float grad_factor, float error_factor) -> Tensor",
+    _reconstruct,
+    _reconstruct_fake,
+)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""What one PowerSGD update promises: error feedback, healing, clamps, equal results in both layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dalle_fast.ops import (
+    minifloat_decode,
+    minifloat_encode,
+    orthonormalize,
+    powersgd_project,
+    powersgd_reconstruct,
+)
+
+LARGEST = 15.984375
+
+
+def codes(x: torch.Tensor) -> torch.Tensor:
+    return minifloat_encode(x, "1-6-9")
+
+
+def values(code: torch.Tensor) -> torch.Tensor:
+    return minifloat_decode(code, "1-6-9")
+
+
+def test_full_rank_gives_the_gradient_back_and_leaves_no_error():
+    grad = torch.randn(24, 40)
+    error = codes(torch.zeros(24, 40))
+    p, _ = powersgd_project(error, torch.randn(40, 24), grad, scale=0.25)
+    basis = orthonormalize(p)
+    q, status = powersgd_project(error.mT, basis)
+    got = powersgd_reconstruct(basis, q, error)
+    assert status.tolist() == [1, 1, 1]
+    assert (got - grad).norm() < 5e-3 * grad.norm()  # rounding of the basis and of Q to 9 bits
+    assert values(error).norm() < 5e-3 * grad.norm()
+
+
+def test_what_is_not_sent_stays_in_the_error_buffer():
+    grad = torch.randn(30, 50)
+    error = codes(torch.zeros(30, 50))
+    before = values(codes(grad))
+    p, _ = powersgd_project(error, torch.randn(50, 4), grad, scale=0.25)
+    basis = orthonormalize(p)
+    q, _ = powersgd_project(error.mT, basis)
+    sent = powersgd_reconstruct(basis, q, error)
+    torch.testing.assert_close(sent + values(error), before, rtol=2e-3, atol=2e-3)
+    assert sent.norm() < 0.9 * before.norm()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_gradient_that_is_not_finite_leaves_the_buffer_alone(bad):
+    error = codes(torch.randn(70, 90))
+    expected = error.clone()
+    grad = torch.randn(70, 90)
+    grad[69, 3] = bad
+    code, status = powersgd_project(error, torch.ones(90, 2), grad, scale=0.01)
+    assert status.tolist() == [0, 1, 1]
+    assert torch.equal(error, expected)
+    assert torch.equal(code, powersgd_project(expected, torch.ones(90, 2), scale=0.01).code)
+
+
+def test_a_contaminated_buffer_and_an_overflow_are_told_apart():
+    error = codes(torch.ones(5, 6))
+    code, status = powersgd_project(error, torch.full((6, 2), 100.0))
+    assert status.tolist() == [1, 1, 0]
+    assert values(code).eq(LARGEST).all()
+    code, status = powersgd_project(error, torch.full((6, 2), -100.0))
+    assert values(code).eq(-LARGEST).all()
+    _, status = powersgd_project(error, torch.zeros(6, 2), torch.full((5, 6), 1e6))
+    assert status.tolist() == [1, 0, 0]  # the sum overflows the buffer; Inf times zero is NaN
+
+
+def test_a_transposed_view_gives_the_same():
+    error, grad = codes(torch.randn(33, 65)), torch.randn(33, 65)
+    factor = torch.randn(65, 9)
+    column_major = error.mT.contiguous().mT
+    a = powersgd_project(error, factor, grad, scale=0.05)
+    b = powersgd_project(column_major, factor, grad, scale=0.05)
+    assert torch.equal(a.code, b.code)
+    assert torch.equal(error, column_major)
+    p, q = a.code, codes(torch.randn(65, 9))
+    assert torch.equal(powersgd_reconstruct(p, q, error), powersgd_reconstruct(p, q, column_major))
+    assert torch.equal(error, column_major)
+
+
+def test_float64_and_float16_gradients_are_taken():
+    grad = torch.randint(-4, 5, (8, 8)).float() / 8
+    results = []
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        error = codes(torch.zeros(8, 8))
+        results.append(powersgd_project(error, torch.eye(8), grad.to(dtype)).code)
+    for result in results:
+        assert torch.equal(values(result), grad)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: powersgd_project(torch.zeros(3, 4), torch.zeros(4, 1)), TypeError, "error: expected a uint16"),
+        (
+            lambda: powersgd_project(codes(torch.zeros(3, 4)), torch.zeros(3, 1)),
+            ValueError,
+            r"factor: expected shape \[4, r\]",
+        ),
+        (lambda: powersgd_project(codes(torch.zeros(3, 4)), torch.zeros(4, 1).double()), TypeError, "factor: expected"),
+        (
+            lambda: powersgd_project(codes(torch.zeros(3, 4)), torch.zeros(4, 1), torch.zeros(4, 3)),
+            ValueError,
+            r"grad: expected shape \[3, 4\]",
+        ),
+        (
+            lambda: powersgd_reconstruct(codes(torch.zeros(3, 2)), codes(torch.zeros(4, 3))),
+            ValueError,
+            r"q: expected shape \[n, 2\]",
+        ),
+        (
+            lambda: powersgd_reconstruct(codes(torch.zeros(3, 2)), codes(torch.zeros(4, 2)), codes(torch.zeros(4, 3))),
+            ValueError,
+            r"error: expected shape \[3, 4\]",
+        ),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
