@@ -30,64 +30,64 @@ void bind_linear_cross_entropy(pybind11::module_& m) {
         DF_CUDA_LAUNCH(linear_cross_entropy::check_cuda(params, reinterpret_cast<void*>(stream))));
   });
 
-  m.def("linear_cross_entropy_loss_and_grad", [](const TensorArg& loss_sum_arg, const TensorArg& row_loss_arg,
-                                                 const TensorArg& logits_arg, const TensorArg& dbias_arg,
-                                                 const TensorArg& target_arg, int64_t ignore_index, double scale,
-                                                 bool write_grad, std::uintptr_t stream) {
-    const TensorRef logits = logits_arg.as("logits");  // [num_rows, num_codes]
-    const TensorRef target = target_arg.as("target");
-    const TensorRef loss_sum = loss_sum_arg.as("loss_sum");
-    const TensorRef row_loss = row_loss_arg.as("row_loss");
-    require_dtype(logits, "logits", {DType::kFloat32, DType::kBFloat16});
-    require_rank(logits, "logits", 2);
-    require_dense_rows(logits, "logits");
-    require_dtype(target, "target", {DType::kInt64});
-    require_shape(target, "target", {logits.shape[0]});
-    require_same_device(target, "target", logits, "logits");
-    require_dtype(loss_sum, "loss_sum", {DType::kFloat64});
-    require_shape(loss_sum, "loss_sum", {1});
-    require_same_device(loss_sum, "loss_sum", logits, "logits");
-    require_dtype(row_loss, "row_loss", {DType::kFloat32});
-    require_shape(row_loss, "row_loss", {logits.shape[0]});
-    require_contiguous(row_loss, "row_loss");
-    require_same_device(row_loss, "row_loss", logits, "logits");
+  m.def("linear_cross_entropy_loss_and_grad",
+        [](const TensorArg& loss_sum_arg, const TensorArg& row_loss_arg, const TensorArg& logits_arg,
+           const TensorArg& dbias_arg, const TensorArg& target_arg, int64_t ignore_index, double scale, bool write_grad,
+           std::uintptr_t stream) {
+          const TensorRef logits = logits_arg.as("logits");  // [num_rows, num_codes]
+          const TensorRef target = target_arg.as("target");
+          const TensorRef loss_sum = loss_sum_arg.as("loss_sum");
+          const TensorRef row_loss = row_loss_arg.as("row_loss");
+          require_dtype(logits, "logits", {DType::kFloat32, DType::kBFloat16});
+          require_rank(logits, "logits", 2);
+          require_dense_rows(logits, "logits");
+          require_dtype(target, "target", {DType::kInt64});
+          require_shape(target, "target", {logits.shape[0]});
+          require_same_device(target, "target", logits, "logits");
+          require_dtype(loss_sum, "loss_sum", {DType::kFloat64});
+          require_shape(loss_sum, "loss_sum", {1});
+          require_same_device(loss_sum, "loss_sum", logits, "logits");
+          require_dtype(row_loss, "row_loss", {DType::kFloat32});
+          require_shape(row_loss, "row_loss", {logits.shape[0]});
+          require_contiguous(row_loss, "row_loss");
+          require_same_device(row_loss, "row_loss", logits, "logits");
 
-    linear_cross_entropy::Params params{};
-    if (!dbias_arg.is_none()) {
-      const TensorRef dbias = dbias_arg.as("dbias");
-      require_dtype(dbias, "dbias", {DType::kFloat32});
-      require_shape(dbias, "dbias", {logits.shape[1]});
-      require_contiguous(dbias, "dbias");
-      require_same_device(dbias, "dbias", logits, "logits");
-      params.dbias = dbias.as<float>();
-    }
-    params.loss_sum = loss_sum.as<double>();
-    params.row_loss = row_loss.as<float>();
-    params.logits = logits.data;
-    params.target = target.as<const int64_t>();
-    params.target_stride = target.stride[0];
-    params.num_rows = logits.shape[0];
-    params.num_codes = logits.shape[1];
-    params.row_stride = logits.stride[0];
-    params.ignore_index = ignore_index;
-    params.scale = static_cast<float>(scale);
-    params.write_grad = write_grad;
-    params.dtype = logits.dtype;
-    // A target outside the row would be an access outside memory: looked at again, whoever calls.
-    if (!logits.device.is_cuda()) {
-      for (int64_t row = 0; row < params.num_rows; ++row) {
-        const int64_t code = params.target[row * params.target_stride];
-        require(
-            code == ignore_index || (code >= 0 && code < params.num_codes),
-            "target: expected values in [0, " + std::to_string(params.num_codes) + "), got " + std::to_string(code));
-      }
-    }
-    params.device = logits.device;
-    (void)stream;
-    run_on(
-        params.device, [&] { linear_cross_entropy::loss_and_grad_cpu(params); },
-        DF_CUDA_LAUNCH(linear_cross_entropy::loss_and_grad_cuda(params, reinterpret_cast<void*>(stream))));
-  });
+          linear_cross_entropy::Params params{};
+          if (!dbias_arg.is_none()) {
+            const TensorRef dbias = dbias_arg.as("dbias");
+            require_dtype(dbias, "dbias", {DType::kFloat32});
+            require_shape(dbias, "dbias", {logits.shape[1]});
+            require_contiguous(dbias, "dbias");
+            require_same_device(dbias, "dbias", logits, "logits");
+            params.dbias = dbias.as<float>();
+          }
+          params.loss_sum = loss_sum.as<double>();
+          params.row_loss = row_loss.as<float>();
+          params.logits = logits.data;
+          params.target = target.as<const int64_t>();
+          params.target_stride = target.stride[0];
+          params.num_rows = logits.shape[0];
+          params.num_codes = logits.shape[1];
+          params.row_stride = logits.stride[0];
+          params.ignore_index = ignore_index;
+          params.scale = static_cast<float>(scale);
+          params.write_grad = write_grad;
+          params.dtype = logits.dtype;
+          // A target outside the row would be an access outside memory: looked at again, whoever calls.
+          if (!logits.device.is_cuda()) {
+            for (int64_t row = 0; row < params.num_rows; ++row) {
+              const int64_t code = params.target[row * params.target_stride];
+              if (code != ignore_index && (code < 0 || code >= params.num_codes))
+                throw std::invalid_argument("target: expected values in [0, " + std::to_string(params.num_codes) +
+                                            "), got " + std::to_string(code));
+            }
+          }
+          params.device = logits.device;
+          (void)stream;
+          run_on(
+              params.device, [&] { linear_cross_entropy::loss_and_grad_cpu(params); },
+              DF_CUDA_LAUNCH(linear_cross_entropy::loss_and_grad_cuda(params, reinterpret_cast<void*>(stream))));
+        });
 }
 
 }  // namespace dalle_fast

@@ -8,6 +8,8 @@ kept, and the backward pass only multiplies by dloss.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from .._backend import _C, stream_of
@@ -20,11 +22,28 @@ NEEDS_X, NEEDS_WEIGHT, NEEDS_BIAS = 1, 2, 4
 # Rows of a chunk: enough that adding to the [V, d] weight gradient once per chunk costs little beside its GEMM, few
 # enough that the logits stay bounded (32 Mi of them: 128 MiB in float32).
 _MIN_ROWS, _MAX_LOGITS = 1024, 1 << 25
+# The loss alone adds up nothing between chunks: small ones, in memory that is there already.
+_MAX_LOGITS_OF_LOSS = 1 << 23
+
+# On CPU the logits of the last call stay allocated, up to this many bytes a thread: fresh memory costs a page fault
+# every 4 KiB, which took longer than the loss itself.
+_MAX_KEPT_BYTES = 1 << 25
+_kept = threading.local()
 
 
 def default_chunk_rows(num_rows: int, num_codes: int) -> int:
     """Rows per chunk such that a chunk holds at most 2^25 logits, but at least 1024 rows."""
     return max(1, min(num_rows, max(_MIN_ROWS, _MAX_LOGITS // max(num_codes, 1))))
+
+
+def _logits_buffer(like: torch.Tensor, rows: int, num_codes: int) -> torch.Tensor:
+    count = rows * num_codes
+    if like.device.type != "cpu" or count * like.element_size() > _MAX_KEPT_BYTES or torch.is_inference_mode_enabled():
+        return like.new_empty(rows, num_codes)
+    buffers = _kept.__dict__
+    if like.dtype not in buffers or buffers[like.dtype].numel() < count:
+        buffers[like.dtype] = torch.empty(count, dtype=like.dtype)
+    return buffers[like.dtype][:count].view(rows, num_codes)
 
 
 def _gemm_dtype(compute: torch.dtype) -> torch.dtype:
@@ -65,8 +84,11 @@ def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
             grad.zero_()
     gemm_x, gemm_weight = x.to(dtype), weight.to(dtype)
     gemm_bias = None if bias is None else bias.to(dtype)
-    chunk_rows = chunk_rows or default_chunk_rows(num_rows, num_codes)
-    logits_buffer = gemm_x.new_empty(min(chunk_rows, num_rows), num_codes)
+    if not chunk_rows:
+        chunk_rows = default_chunk_rows(num_rows, num_codes)
+        if not needs:
+            chunk_rows = max(1, min(chunk_rows, max(_MIN_ROWS, _MAX_LOGITS_OF_LOSS // max(num_codes, 1))))
+    logits_buffer = _logits_buffer(gemm_x, min(chunk_rows, num_rows), num_codes)
     row_loss = x.new_empty(num_rows, dtype=torch.float32)
     loss_sum = x.new_zeros(1, dtype=torch.float64)
     bias_sum = x.new_zeros(num_codes, dtype=torch.float32) if needs & NEEDS_BIAS else None
@@ -99,7 +121,10 @@ def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
         dweight.copy_(weight_sum)
     if bias_sum is not None:
         dbias.copy_(bias_sum)
-    loss.copy_(loss_sum[0] / count)
+    if x.device.type == "cpu":  # two torch ops fewer; without a target NaN, as 0 / 0 below
+        loss.fill_(loss_sum.item() / count if count else float("nan"))
+    else:
+        loss.copy_(loss_sum[0] / count)
     return loss, dx, dweight, dbias
 
 
