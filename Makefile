@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 ARGS ?=
 SIMT := OFF
 
-.PHONY: demo test bench lint cuda build setup clean help
+.PHONY: demo test bench lint cuda sanitize build setup clean help
 
 help:
 	@echo "make demo    train a small system on real data, about 16 minutes; writes runs/demo/report.html"
 	@echo "make test    build everything and run all tests"
 	@echo "make bench   time every op beside its peer"
 	@echo "make lint    ruff and clang-format"
-	@echo "make cuda    compile all CUDA code for sm_80 and sm_90a (needs nvcc)"
+	@echo "make cuda    compile all CUDA code for sm_80 and sm_90a, without a spilled register (needs nvcc)"
+	@echo "make sanitize  the CUDA kernels on the host executor under ASan and UBSan"
 
 demo: setup
 	$(BIN)/dalle-fast demo $(ARGS)
@@ -35,6 +36,17 @@ cuda: setup
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DDF_CUDA=ON -DDF_CUDA_ARCHS="8.0;9.0a" \
 	  -DDF_OUTPUT_DIR=$(abspath build/cuda)
 	$(BIN)/cmake --build build/cuda
+	$(BIN)/python .ci/check_spills build/cuda/cuda/*.ptxas
+
+SANITIZERS := -fsanitize=address,undefined;-fno-sanitize-recover=all
+sanitize: setup
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DDF_CUDA=OFF -DDF_SIMT=ON "-DDF_SIMT_FLAGS=$(SANITIZERS)" \
+	  -DDF_OUTPUT_DIR=$(abspath build/sanitize/out)
+	$(BIN)/cmake --build build/sanitize --target _C_simt
+	DALLE_FAST_SIMT=$(abspath build/sanitize/out) ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 OMP_NUM_THREADS=1 \
+	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_simt.py $(ARGS)
 
 # The inner loop: rebuild what changed, in place.
 build: $(VENV)/.installed

@@ -26,7 +26,11 @@ void bind_sparse_attention(pybind11::module_&);
 #if defined(DF_SIMT)
 namespace simt {
 void seed(uint64_t);
-}
+void remove_barrier(const std::string& place);
+void drop_last_block(bool drop);
+std::vector<std::string> barriers();
+void forget_barriers();
+}  // namespace simt
 namespace dalle_fast::simt_controls {
 void run(const std::string&, bool, float*, const float*);
 }
@@ -60,6 +64,15 @@ PYBIND11_MODULE(DF_MODULE, m) {
   m.def("set_cpu_level", [](int level) { set_cpu_level(static_cast<CpuLevel>(level)); });
 #if defined(DF_SIMT)
   m.def("simt_seed", &simt::seed);
+  m.def("simt_remove_barrier", &simt::remove_barrier);
+  m.def("simt_drop_last_block", &simt::drop_last_block);
+  m.def("simt_barriers", &simt::barriers);
+  m.def("simt_forget_barriers", &simt::forget_barriers);
+#if defined(__SANITIZE_ADDRESS__)
+  m.attr("sanitized") = true;
+#else
+  m.attr("sanitized") = false;
+#endif
   m.def("simt_control", [](const std::string& name, bool planted, std::vector<float> values) {
     if (values.size() != 64) throw std::invalid_argument("values: expected 64 numbers");
     float out = 0.0f;

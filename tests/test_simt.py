@@ -6,13 +6,19 @@ planted bugs that it must find.
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from rooms import all_rooms, assert_close, build, call, fresh, gradients, tensors_of, to_float64
 
+import dalle_fast
 from dalle_fast.ops import _backend
 
+if folder := os.environ.get("DALLE_FAST_SIMT"):  # another build of the executor (make sanitize)
+    dalle_fast.__path__.insert(0, folder)
 try:
     from dalle_fast import _C_simt
 except ImportError as error:
@@ -23,7 +29,8 @@ else:
 
 pytestmark = pytest.mark.skipif(_C_simt is None, reason=REASON)
 
-SEEDS = range(20)
+SANITIZED = getattr(_C_simt, "sanitized", False)
+SEEDS = range(3 if SANITIZED else 20)
 ROOMS = [room for room in all_rooms() if room.name in _backend.CUDA_ROOMS]
 CASES = [
     pytest.param(room, case, dtype, id=f"{room.name}-{case.name}-{str(dtype).removeprefix('torch.')}")
@@ -75,6 +82,73 @@ def test_cuda_kernels_match_the_float64_reference(room, case, dtype, executor):
 
 def bits(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+# Barriers whose removal no result can show, and why.
+SPARE_BARRIERS: dict[str, str] = {}
+
+
+def results(room, arguments):
+    actual = call(room.function, fresh(arguments), backend="cpu")
+    if room.differentiable and any(t.requires_grad for t in tensors_of(arguments)):
+        actual += gradients(room.function, fresh(arguments), backend="cpu")
+    return [bits(t) for t in actual]
+
+
+def small_cases(room):
+    """Arguments of the room's cases, float32, the smallest first."""
+    arguments = [build(room, case, torch.float32) for case in room.cases if torch.float32 in case.dtypes]
+    size = lambda a: sum(t.numel() for t in tensors_of(a))  # noqa: E731
+    return [a for a in sorted(arguments, key=size) if 0 < size(a) < 40_000]
+
+
+def is_found(simt, room, cases):
+    """Whether some case shows the bug that is planted, under some schedule."""
+    for arguments, expected in cases:
+        for seed in range(8):
+            simt.simt_seed(seed)
+            try:
+                actual = results(room, arguments)
+            except RuntimeError:
+                return True
+            if not all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True)):
+                return True
+    return False
+
+
+@pytest.mark.skipif(SANITIZED, reason="a kernel without its barrier may leave its memory")
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_every_barrier_and_the_last_block_are_needed(room, executor):
+    """A control in every kernel: without one of its barriers, or without its last block, results are seen to change."""
+    simt = executor(room)
+    simt.simt_forget_barriers()
+    cases = [(arguments, results(room, arguments)) for arguments in small_cases(room)]
+    missed = []
+    try:
+        for place in simt.simt_barriers():
+            simt.simt_remove_barrier(place)
+            if not is_found(simt, room, cases) and place not in SPARE_BARRIERS:
+                missed.append(place)
+        simt.simt_remove_barrier("")
+        simt.simt_drop_last_block(True)
+        assert is_found(simt, room, cases), "nobody misses the last block"
+    finally:
+        simt.simt_remove_barrier("")
+        simt.simt_drop_last_block(False)
+    assert not missed, f"removed, and nothing changed: {missed}"
+
+
+@pytest.mark.skipif(not SANITIZED, reason="needs the sanitizers (make sanitize)")
+@pytest.mark.parametrize(
+    ("name", "message"), [("tile_overrun", "heap-buffer-overflow"), ("misaligned_vector", "misaligned")]
+)
+def test_the_sanitizers_find_a_planted_bug(name, message):
+    assert _C_simt.simt_control(name, False, [1.0] * 64) == 64.0
+    code = f"import _C_simt; _C_simt.simt_control({name!r}, True, [1.0] * 64)"
+    environment = dict(os.environ, PYTHONPATH=os.path.dirname(_C_simt.__file__))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert message in done.stderr
 
 
 CONTROLS = {

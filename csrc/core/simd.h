@@ -247,19 +247,22 @@ DF_INLINE VecF exp_reduced(VecF r) {
   return p * (r * r) + r + splat(1.0f);
 }
 
+// Below it exp gives 0. The clamp sits there too: one subnormal result in a vector would cost some 150 cycles.
+constexpr float kExpZeroBelow = -87.3f;
+
 // exp(x); below -87.3 gives 0 (so that -Inf masks vanish), above 88.7 gives Inf, NaN stays NaN.
 DF_INLINE VecF exp(VecF x) {
 #if defined(__AVX512F__)  // rounding and scaling by 2^n are instructions; the second operand of max and min keeps NaN
-  const __m512 clamped = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-89.0f), (__m512)x));
+  const __m512 clamped = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(kExpZeroBelow), (__m512)x));
   const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(1.44269504088896341f)),
                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   VecF r = (VecF)clamped - (VecF)whole * splat(0.693359375f);
   r = r - (VecF)whole * splat(-2.12194440e-4f);
   const VecF p = exp_reduced(r);
-  const __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33654f), _CMP_LT_OQ);
+  const __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(kExpZeroBelow), _CMP_LT_OQ);
   return (VecF)_mm512_mask_mov_ps(_mm512_scalef_ps((__m512)p, whole), tiny, _mm512_setzero_ps());
 #else
-  const VecF clamped = vmin(vmax(x, splat(-88.0f)), splat(88.75f));
+  const VecF clamped = vmin(vmax(x, splat(kExpZeroBelow)), splat(88.75f));
   const VecF n = round_to_int(clamped * splat(1.44269504088896341f));
   VecF r = clamped - n * splat(0.693359375f);
   r = r - n * splat(-2.12194440e-4f);
@@ -268,7 +271,7 @@ DF_INLINE VecF exp(VecF x) {
   const VecI e = __builtin_convertvector(n, VecI);
   const VecI half = e >> 1;
   const VecF y = p * bit_cast<VecF>((half + 127) << 23) * bit_cast<VecF>((e - half + 127) << 23);
-  const VecF low = x < splat(-87.33654f) ? splat(0.0f) : y;
+  const VecF low = x < splat(kExpZeroBelow) ? splat(0.0f) : y;
   const VecF high = x > splat(88.72283f) ? splat(__builtin_inff()) : low;
   return x != x ? x : high;
 #endif

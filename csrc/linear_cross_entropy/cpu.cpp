@@ -90,13 +90,16 @@ DF_INLINE void row_max_and_exp_sum(const T* x, int64_t n, float& shift, float& s
   sum += row_exp_sum<false>(static_cast<float*>(nullptr), x + i, n - i, shift);
 }
 
+// out = e * factor; what would become subnormal becomes 0: such numbers slow down this product and the ones to come.
 template <typename T>
 DF_INLINE void row_scale(T* out, const float* e, int64_t n, float factor) {
+  const VecF least = splat(1.17549435e-38f / factor);
+  const auto scaled = [&](VecF x) { return select((VecI)(x < least), VecF{}, x) * splat(factor); };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) storeu(out + i, loadu(e + i) * splat(factor));
+  for (; i + kLanes <= n; i += kLanes) storeu(out + i, scaled(loadu(e + i)));
   if (i < n) {
     const int rest = static_cast<int>(n - i);
-    store_n(out + i, load_n(e + i, rest) * splat(factor), rest);
+    store_n(out + i, scaled(load_n(e + i, rest)), rest);
   }
 }
 

@@ -61,6 +61,37 @@ __global__ void short_tile(float* out, const float* in) {
   if (threadIdx.x == 0) out[0] = sum;
 }
 
+// an element behind the tile is written
+template <bool kOver>
+__global__ void tile_overrun(float* out, const float* in) {
+  DF_SHARED(float, tile, kThreads);
+  tile[threadIdx.x + (kOver && threadIdx.x + 1 == kThreads ? 1 : 0)] = in[threadIdx.x];
+  if (kOver && threadIdx.x + 1 == kThreads) tile[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  float sum = 0.0f;
+  for (int i = 0; i < kThreads; ++i) sum += tile[i];
+  if (threadIdx.x == 0) out[0] = sum;
+}
+
+struct alignas(16) Four {
+  float at[4];
+};
+
+// vectors of four that begin one element too early or where they should
+template <bool kMisaligned>
+__global__ void vector_sum(float* out, const float* in) {
+  DF_SHARED(Four, tile, kThreads / 4 + 1);
+  float* const base = reinterpret_cast<float*>(tile) + (kMisaligned ? 1 : 0);
+  base[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  float sum = 0.0f;
+  for (int i = 0; i < kThreads / 4; ++i) {
+    const Four four = reinterpret_cast<const Four*>(base)[i];
+    sum += (four.at[0] + four.at[1]) + (four.at[2] + four.at[3]);
+  }
+  if (threadIdx.x == 0) out[0] = sum;
+}
+
 }  // namespace
 
 // Runs a control, with or without its bug; out and in are float32 on the host, 1 and 64 of them.
@@ -78,6 +109,12 @@ void run(const std::string& name, bool planted, float* out, const float* in) {
   } else if (name == "tile_short") {
     planted ? DF_LAUNCH(short_tile<true>, 1, kThreads, 0, stream, out, in)
             : DF_LAUNCH(short_tile<false>, 1, kThreads, 0, stream, out, in);
+  } else if (name == "tile_overrun") {
+    planted ? DF_LAUNCH(tile_overrun<true>, 1, kThreads, 0, stream, out, in)
+            : DF_LAUNCH(tile_overrun<false>, 1, kThreads, 0, stream, out, in);
+  } else if (name == "misaligned_vector") {
+    planted ? DF_LAUNCH(vector_sum<true>, 1, kThreads, 0, stream, out, in)
+            : DF_LAUNCH(vector_sum<false>, 1, kThreads, 0, stream, out, in);
   } else {
     throw std::invalid_argument("name: no such control: " + name);
   }

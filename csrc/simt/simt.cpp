@@ -55,6 +55,9 @@ struct Machine {
   std::unique_ptr<char[]> dynamic;
   uint64_t random = 0;
   uint64_t seed = 1;
+  std::vector<Site> barriers;
+  std::string removed_barrier;
+  bool last_block_dropped = false;
 #if defined(__x86_64__)
   void* scheduler = nullptr;
 #else
@@ -274,6 +277,20 @@ std::unique_ptr<char[]> poisoned(std::size_t bytes) {
 
 void seed(uint64_t value) { machine().seed = value; }
 
+std::string place_of(const Site& site) {
+  const char* slash = std::strstr(site.file, "csrc/");
+  return std::string(slash ? slash + 5 : site.file) + ":" + std::to_string(site.line);
+}
+
+void remove_barrier(const std::string& place) { machine().removed_barrier = place; }
+void drop_last_block(bool drop) { machine().last_block_dropped = drop; }
+std::vector<std::string> barriers() {
+  std::vector<std::string> places;
+  for (const Site& site : machine().barriers) places.push_back(place_of(site));
+  return places;
+}
+void forget_barriers() { machine().barriers.clear(); }
+
 void launch(const dim3& grid, const dim3& block, std::size_t shared_bytes, const char* name,
             const std::function<void()>& kernel) {
   Machine& m = machine();
@@ -291,6 +308,7 @@ void launch(const dim3& grid, const dim3& block, std::size_t shared_bytes, const
   const uint64_t first = next_random(m) % blocks;  // blocks in turn, from anywhere
   for (uint64_t k = 0; k < blocks; ++k) {
     const uint64_t b = (first + k) % blocks;
+    if (m.last_block_dropped && b + 1 == blocks) continue;
     here.block = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                       static_cast<unsigned>(b / grid.x / grid.y));
     m.shared.clear();
@@ -306,7 +324,12 @@ void launch(const dim3& grid, const dim3& block, std::size_t shared_bytes, const
 }
 
 void sync_block(const Site& site) {
-  Fiber* self = machine().running;
+  Machine& m = machine();
+  bool known = false;
+  for (const Site& other : m.barriers) known = known || same(other, site);
+  if (!known) m.barriers.push_back(site);
+  if (!m.removed_barrier.empty() && m.removed_barrier == place_of(site)) return;
+  Fiber* self = m.running;
   self->state = State::kBarrier;
   self->site = site;
   to_scheduler(false);

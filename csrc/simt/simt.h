@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -38,6 +40,14 @@ struct Site {
 };
 
 void seed(uint64_t value);
+
+// Bugs that tests plant in any kernel: the barrier at "file:line" does nothing (empty: none), the last block of a grid
+// is never run. barriers() are the places of all __syncthreads met so far; forget_barriers() starts anew.
+void remove_barrier(const std::string& place);
+void drop_last_block(bool drop);
+std::vector<std::string> barriers();
+void forget_barriers();
+
 void launch(const dim3& grid, const dim3& block, std::size_t shared_bytes, const char* name,
             const std::function<void()>& kernel);
 void sync_block(const Site& site);
