@@ -247,12 +247,27 @@ bool release(Machine& m) {
   return true;
 }
 
+// Half of the blocks run all that is ready in random order; in the other half warps have random ranks, and one runs
+// only while none above it can: a warp may then be a whole loop behind another, which fair turns never show.
 void run_block(Machine& m) {
   std::vector<unsigned> ready;
+  const bool ranked = next_random(m) % 2;
+  std::vector<uint64_t> rank((m.count + kWarp - 1) / kWarp);
+  for (uint64_t& r : rank) r = next_random(m);
   for (;;) {
     ready.clear();
+    uint64_t best = 0;
     for (unsigned i = 0; i < m.count; ++i)
-      if (m.fibers[i]->state == State::kReady) ready.push_back(i);
+      if (m.fibers[i]->state == State::kReady) {
+        ready.push_back(i);
+        if (rank[i / kWarp] > best) best = rank[i / kWarp];
+      }
+    if (ranked) {
+      std::size_t kept = 0;
+      for (unsigned i : ready)
+        if (rank[i / kWarp] == best) ready[kept++] = i;
+      ready.resize(kept);
+    }
     if (ready.empty()) {
       if (!release(m)) return;
       continue;

@@ -2,10 +2,10 @@
 // Stands in for the CUDA runtime when .cu files are compiled by a C++ compiler: kernels run on the CPU, thread by
 // thread.
 //
-// Threads are fibers. Between two synchronisation points a thread runs alone; which one comes next is random, seeded
-// with DALLE_FAST_SIMT_SEED or seed(). Shared memory is filled with NaN before each block. A barrier that not all
-// threads reach, or that they reach at different lines, is an error that names block, thread and line. Kernels meet
-// this header through core/device.cuh only.
+// Threads are fibers. Between two synchronisation points a thread runs alone; which one comes next is random, in fair
+// turns or by ranks of warps, seeded with DALLE_FAST_SIMT_SEED or seed(). Shared memory is filled with NaN before each
+// block. A barrier that not all threads reach, or that they reach at different lines, is an error that names block,
+// thread and line. Kernels meet this header through core/device.cuh only.
 #pragma once
 
 #include <cmath>
