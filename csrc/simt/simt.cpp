@@ -8,6 +8,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -160,6 +161,9 @@ void entry() {
 }
 
 void prepare(Fiber* fiber) {
+#if defined(__SANITIZE_ADDRESS__)  // frames that a failed launch left behind
+  __asan_unpoison_memory_region(fiber->stack.get(), kStackBytes);
+#endif
 #if defined(__x86_64__)
   auto top = reinterpret_cast<std::uintptr_t>(fiber->stack.get() + kStackBytes) / 16 * 16;
   auto* slot = reinterpret_cast<void**>(top);
