@@ -40,6 +40,10 @@ CASES = [
 ]
 
 
+def bits(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
 @pytest.fixture
 def executor(monkeypatch):
     """Puts the executor's extension in the place of the CPU one, for a room."""
@@ -75,13 +79,7 @@ def test_cuda_kernels_match_the_float64_reference(room, case, dtype, executor):
             actual += grads
         first = first or actual
         for a, b in zip(actual, first, strict=True):  # the same bits under every schedule
-            assert torch.equal(
-                a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
-            )
-
-
-def bits(tensor):
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+            assert torch.equal(bits(a), bits(b))
 
 
 # (room, file): why the removal of one barrier there cannot show

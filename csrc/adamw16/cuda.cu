@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Many tensors a launch: their pointers travel as a kernel argument, and a block finds its tensor by its number. Floor:
 // 12 bytes read and 8 written an element (8 more with an average).
-#include "../core/device.cuh"
-#include "../scalar/minifloat.h"
+#include "../core/device_math.cuh"
 #include "adamw16.h"
 
 namespace dalle_fast::adamw16 {
@@ -16,26 +15,18 @@ struct Update {
   float inverse_grad_scale, beta1, beta2, decay, step_size, inverse_root_correction, eps, variance_clip, ema_weight;
 };
 
-struct Table {
-  Segment segment[kTable];
-  unsigned first_block[kTable + 1];
-  int count;
-};
+using Table = LaunchTable<Segment, kTable>;
 static_assert(sizeof(Table) + sizeof(Update) <= 4096, "kernel arguments");
 
 __device__ __forceinline__ float load_grad(const Segment& s, int64_t i) {
   if (!s.grad_is_bf16) return static_cast<const float*>(s.grad)[i];
-  return bits_float(static_cast<uint32_t>(static_cast<const uint16_t*>(s.grad)[i]) << 16);
+  return to_float(static_cast<const bf16_t*>(s.grad)[i]);
 }
 
 __global__ void __launch_bounds__(kThreads) update_all(const Table table, const Update u) {
-  int low = 0, high = table.count;  // the last segment whose first block is not behind this one
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (table.first_block[middle] <= blockIdx.x ? low : high) = middle;
-  }
-  const Segment& s = table.segment[low];
-  const int64_t begin = static_cast<int64_t>(blockIdx.x - table.first_block[low]) * kBlockCount;
+  const int mine = table.of_block(blockIdx.x);
+  const Segment& s = table.item[mine];
+  const int64_t begin = static_cast<int64_t>(blockIdx.x - table.first_block[mine]) * kBlockCount;
   const int64_t end = begin + kBlockCount < s.count ? begin + kBlockCount : s.count;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const float g = load_grad(s, i) * u.inverse_grad_scale;
@@ -60,20 +51,16 @@ void step_cuda(const Params& p, void* stream) {
   const Update u{p.inverse_grad_scale,      p.beta1, p.beta2,         p.decay,     p.step_size,
                  p.inverse_root_correction, p.eps,   p.variance_clip, p.ema_weight};
   Table table{};
-  unsigned blocks = 0;
   const auto flush = [&] {
-    table.first_block[table.count] = blocks;
-    if (blocks > 0) DF_LAUNCH(update_all, blocks, kThreads, 0, stream, table, u);
+    if (table.blocks > 0) DF_LAUNCH(update_all, table.blocks, kThreads, 0, stream, table, u);
     table.count = 0;
-    blocks = 0;
+    table.blocks = 0;
   };
   for (int64_t i = 0; i < p.num_segments; ++i) {
     const int64_t needed = (p.segments[i].count + kBlockCount - 1) / kBlockCount;
     if (needed == 0) continue;
-    table.segment[table.count] = p.segments[i];
-    table.first_block[table.count] = blocks;
-    blocks += static_cast<unsigned>(needed);
-    if (++table.count == kTable) flush();
+    table.add(p.segments[i], needed);
+    if (table.full()) flush();
   }
   flush();
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
-// What kernels of several rooms share: 16-bit loads and stores, reductions over a block.
+// What kernels of several rooms share: 16-bit loads and stores, dtypes, tables of work, reductions over a block.
 #pragma once
 
 #include "../scalar/minifloat.h"
 #include "device.cuh"
+#include "tensor.h"
 
 namespace dalle_fast {
 
@@ -41,6 +42,41 @@ __device__ __forceinline__ void from_float(fp16_t* to, float x) {  // nearest ev
     r = (a - (112u << 23) + 0xfffu + (a >> 13 & 1u)) >> 13;
   to->bits = static_cast<uint16_t>(r | (u >> 16 & 0x8000u));
 }
+
+// f(T{}) with the element type T of a floating tensor.
+template <typename F>
+void with_element_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kBFloat16: return f(bf16_t{});
+    case DType::kFloat16: return f(fp16_t{});
+    default: return f(float{});
+  }
+}
+
+// Items that share a launch, each with its own number of blocks; travels as a kernel argument.
+template <typename Item, int kCapacity>
+struct LaunchTable {
+  Item item[kCapacity];
+  unsigned first_block[kCapacity];
+  int count;
+  unsigned blocks;
+
+  void add(const Item& one, int64_t its_blocks) {
+    item[count] = one;
+    first_block[count++] = blocks;
+    blocks += static_cast<unsigned>(its_blocks);
+  }
+  bool full() const { return count == kCapacity; }
+  // the last item whose first block is not behind `block`
+  __device__ __forceinline__ int of_block(unsigned block) const {
+    int low = 0, high = count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (first_block[middle] <= block ? low : high) = middle;
+    }
+    return low;
+  }
+};
 
 // Combines the values of the `groups` (a power of two) threads with the same thread % rows, in a fixed order; everybody
 // gets the result. `part` has one place a thread.

@@ -53,6 +53,9 @@ DF_INLINE VecI lane_index() {
   return v;
 }
 
+DF_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+DF_INLINE void zero(float* to, int64_t n) { __builtin_memset(to, 0, static_cast<std::size_t>(n) * sizeof(float)); }
+
 // mask lanes are 0 or -1, as comparisons give them
 template <typename V>
 DF_INLINE V select(VecI mask, V a, V b) {

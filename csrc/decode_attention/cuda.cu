@@ -116,11 +116,7 @@ void run(const Params& p, void* stream) {
 void forward_cuda(const Params& p, void* stream) {
   if (p.head_dim > kMaxDim) throw std::invalid_argument("q: the CUDA kernel takes at most 256 channels a head");
   const DeviceGuard guard(p.device.index);
-  switch (p.dtype) {
-    case DType::kBFloat16: return run<bf16_t>(p, stream);
-    case DType::kFloat16: return run<fp16_t>(p, stream);
-    default: return run<float>(p, stream);
-  }
+  with_element_type(p.dtype, [&](auto x) { run<decltype(x)>(p, stream); });
 }
 
 }  // namespace dalle_fast::decode_attention

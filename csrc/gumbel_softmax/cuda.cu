@@ -134,31 +134,20 @@ bool nothing(const P& p) {
 void forward_cuda(const Params& p, void* stream) {
   if (nothing(p)) return;
   const DeviceGuard guard(p.device.index);
-  switch (p.dtype) {
-    case DType::kBFloat16: DF_LAUNCH(soft<bf16_t>, blocks_of(p), kThreads, 0, stream, p); return;
-    case DType::kFloat16: DF_LAUNCH(soft<fp16_t>, blocks_of(p), kThreads, 0, stream, p); return;
-    default: DF_LAUNCH(soft<float>, blocks_of(p), kThreads, 0, stream, p); return;
-  }
+  with_element_type(p.dtype, [&](auto x) { DF_LAUNCH(soft<decltype(x)>, blocks_of(p), kThreads, 0, stream, p); });
 }
 
 void argmax_cuda(const Params& p, void* stream) {
   if (nothing(p)) return;
   const DeviceGuard guard(p.device.index);
-  switch (p.dtype) {
-    case DType::kBFloat16: DF_LAUNCH(hard<bf16_t>, blocks_of(p), kThreads, 0, stream, p); return;
-    case DType::kFloat16: DF_LAUNCH(hard<fp16_t>, blocks_of(p), kThreads, 0, stream, p); return;
-    default: DF_LAUNCH(hard<float>, blocks_of(p), kThreads, 0, stream, p); return;
-  }
+  with_element_type(p.dtype, [&](auto x) { DF_LAUNCH(hard<decltype(x)>, blocks_of(p), kThreads, 0, stream, p); });
 }
 
 void backward_cuda(const BackwardParams& p, void* stream) {
   if (nothing(p)) return;
   const DeviceGuard guard(p.device.index);
-  switch (p.dtype) {
-    case DType::kBFloat16: DF_LAUNCH(soft_backward<bf16_t>, blocks_of(p), kThreads, 0, stream, p); return;
-    case DType::kFloat16: DF_LAUNCH(soft_backward<fp16_t>, blocks_of(p), kThreads, 0, stream, p); return;
-    default: DF_LAUNCH(soft_backward<float>, blocks_of(p), kThreads, 0, stream, p); return;
-  }
+  with_element_type(p.dtype,
+                    [&](auto x) { DF_LAUNCH(soft_backward<decltype(x)>, blocks_of(p), kThreads, 0, stream, p); });
 }
 
 }  // namespace dalle_fast::gumbel_softmax

@@ -32,7 +32,7 @@ struct Workspace {
 DF_INLINE Workspace carve(const Batch& b) {
   static thread_local ThreadScratch scratch;
   Workspace w;
-  w.columns = (b.columns + kPanel - 1) / kPanel * kPanel;
+  w.columns = round_up(b.columns, kPanel);
   w.rows = b.rows > w.columns ? b.rows : w.columns;
   float* at = scratch.floats(2 * w.rows * w.columns + w.columns * kPanel + 2 * kPanel * w.columns);
   const auto take = [&at](int64_t n) {
@@ -47,8 +47,6 @@ DF_INLINE Workspace carve(const Batch& b) {
   w.tw = take(kPanel * w.columns);
   return w;
 }
-
-DF_INLINE void zero(float* to, int64_t n) { __builtin_memset(to, 0, static_cast<std::size_t>(n) * sizeof(float)); }
 
 // P + eps I, columns scaled by powers of two
 void load(const Workspace& w, const Batch& b, int64_t index, float eps, bool codes) {

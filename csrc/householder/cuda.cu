@@ -2,7 +2,7 @@
 // A block a matrix, which stays in shared memory where it fits (496 x 112 floats do) and in the second-level cache
 // otherwise. Warps share the rows, lanes the columns; sums over rows meet in a fixed order. R is never stored: a
 // column below its pivot keeps x, and v = x * inverse.
-#include "../core/device.cuh"
+#include "../core/device_math.cuh"
 #include "householder.h"
 
 namespace dalle_fast::householder {
@@ -14,11 +14,7 @@ constexpr int kTiles = 4;  // columns a lane has at a time
 constexpr int kWidth = 32 * kTiles;
 constexpr int kTable = 32;  // batches of a launch: the argument stays below 4 KiB
 
-struct Table {
-  Batch batch[kTable];
-  unsigned first_block[kTable + 1];
-  int count;
-};
+using Table = LaunchTable<Batch, kTable>;
 static_assert(sizeof(Table) <= 4000, "kernel arguments");
 
 struct Block {
@@ -77,13 +73,9 @@ __global__ void __launch_bounds__(kThreads)
   DF_SHARED(float, part, kWarps* kWidth);
   DF_SHARED(float, dots, kWidth);
   DF_DYNAMIC_SHARED(float, memory);
-  int low = 0, high = table.count;  // the last batch whose first block is not behind this one
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (table.first_block[middle] <= blockIdx.x ? low : high) = middle;
-  }
-  const Batch& b = table.batch[low];
-  const int64_t index = blockIdx.x - table.first_block[low], base = index * b.rows * b.columns;
+  const int mine = table.of_block(blockIdx.x);
+  const Batch& b = table.item[mine];
+  const int64_t index = blockIdx.x - table.first_block[mine], base = index * b.rows * b.columns;
   float* const tau = memory;
   float* const inverse = memory + b.columns;
   Block s;
@@ -160,26 +152,22 @@ void launch(const Params& p, void* stream) {
   for (const bool in_shared : {true, false}) {
     Table table{};
     std::size_t bytes = 0;
-    unsigned blocks = 0;
     const auto flush = [&] {
       if (table.count == 0) return;
-      table.first_block[table.count] = blocks;
       allow_dynamic_shared(orthonormalize_all<kCodes>, bytes);
-      DF_LAUNCH((orthonormalize_all<kCodes>), blocks, kThreads, bytes, stream, table, p.eps, in_shared);
+      DF_LAUNCH((orthonormalize_all<kCodes>), table.blocks, kThreads, bytes, stream, table, p.eps, in_shared);
       table.count = 0;
       bytes = 0;
-      blocks = 0;
+      table.blocks = 0;
     };
     for (int64_t i = 0; i < p.num_batches; ++i) {
       const Batch& b = p.batches[i];
       const std::size_t all = sizeof(float) * static_cast<std::size_t>(b.columns * (b.rows + 2));
       if ((all <= limit) != in_shared) continue;
       const std::size_t mine = in_shared ? all : sizeof(float) * 2 * static_cast<std::size_t>(b.columns);
-      table.batch[table.count] = b;
-      table.first_block[table.count++] = blocks;
-      blocks += static_cast<unsigned>(b.count);
+      table.add(b, b.count);
       bytes = mine > bytes ? mine : bytes;
-      if (table.count == kTable) flush();
+      if (table.full()) flush();
     }
     flush();
   }

@@ -18,7 +18,6 @@ constexpr int64_t kTile = 64;
 
 DF_INLINE VecH encode(VecF x) { return ::dalle_fast::DF_CPU_NAMESPACE::minifloat_encode<true>(x); }
 DF_INLINE VecF decode(VecH h) { return ::dalle_fast::DF_CPU_NAMESPACE::minifloat_decode<true>(h); }
-DF_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 DF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 DF_INLINE int lanes_of(int64_t rest) { return static_cast<int>(rest < kLanes ? rest : kLanes); }
 DF_INLINE VecI not_finite(VecF x) { return (x - x) != VecF{}; }

@@ -67,8 +67,6 @@ DF_INLINE Workspace carve(const Params& p, const Layout& layout, bool backward) 
   return w;
 }
 
-DF_INLINE void zero(float* to, int64_t n) { __builtin_memset(to, 0, static_cast<std::size_t>(n) * sizeof(float)); }
-
 template <typename T>
 void pack_rows(float* rows, const Workspace& w, const Layout& layout, const Tensor4& t, int64_t b, int64_t h,
                int64_t head_dim) {

@@ -362,11 +362,7 @@ void run(const Params& p, void* stream, bool backward) {
 void run_any(const Params& p, void* stream, bool backward) {
   if (p.batch == 0 || p.length == 0 || p.num_heads == 0) return;
   const DeviceGuard guard(p.device.index);
-  switch (p.dtype) {
-    case DType::kBFloat16: return run<bf16_t>(p, stream, backward);
-    case DType::kFloat16: return run<fp16_t>(p, stream, backward);
-    default: return run<float>(p, stream, backward);
-  }
+  with_element_type(p.dtype, [&](auto x) { run<decltype(x)>(p, stream, backward); });
 }
 
 }  // namespace

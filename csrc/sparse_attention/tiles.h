@@ -15,8 +15,6 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 constexpr int64_t kTile = 32;  // queries of a tile
 const float kMinusInf = -__builtin_inff();
 
-DF_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // Image positions in packed order. Column pattern: column by column, `height` slots each; a prefix leaves some empty.
 struct Layout {
   const Pattern* pattern;
