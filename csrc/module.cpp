@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -28,6 +29,7 @@ namespace simt {
 void seed(uint64_t);
 void remove_barrier(const std::string& place);
 void drop_last_block(bool drop);
+void forget_waits(bool forget);
 std::vector<std::string> barriers();
 void forget_barriers();
 }  // namespace simt
@@ -66,6 +68,7 @@ PYBIND11_MODULE(DF_MODULE, m) {
   m.def("simt_seed", &simt::seed);
   m.def("simt_remove_barrier", &simt::remove_barrier);
   m.def("simt_drop_last_block", &simt::drop_last_block);
+  m.def("simt_forget_waits", &simt::forget_waits);
   m.def("simt_barriers", &simt::barriers);
   m.def("simt_forget_barriers", &simt::forget_barriers);
 #if defined(__SANITIZE_ADDRESS__)
@@ -75,8 +78,10 @@ PYBIND11_MODULE(DF_MODULE, m) {
 #endif
   m.def("simt_control", [](const std::string& name, bool planted, std::vector<float> values) {
     if (values.size() != 64) throw std::invalid_argument("values: expected 64 numbers");
+    alignas(16) float in[64];
+    std::copy(values.begin(), values.end(), in);
     float out = 0.0f;
-    simt_controls::run(name, planted, &out, values.data());
+    simt_controls::run(name, planted, &out, in);
     return out;
   });
 #endif

@@ -12,7 +12,18 @@ import sys
 
 import pytest
 import torch
-from rooms import all_rooms, assert_close, build, call, fresh, gradients, tensors_of, to_float64
+from rooms import (
+    all_rooms,
+    assert_close,
+    build,
+    call,
+    fresh,
+    gradients,
+    map_tensors,
+    strided_variants,
+    tensors_of,
+    to_float64,
+)
 
 import dalle_fast
 from dalle_fast.ops import _backend
@@ -82,11 +93,33 @@ def test_cuda_kernels_match_the_float64_reference(room, case, dtype, executor):
             assert torch.equal(bits(a), bits(b))
 
 
+@pytest.mark.parametrize("variant", ["padded", "misaligned", "transposed"])
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_any_strides_give_the_same(room, variant, executor):
+    """Vector loads and asynchronous copies have a twin for rows that are not aligned."""
+    executor(room)
+    change = strided_variants()[variant]
+    for dtype in (torch.float32, torch.bfloat16):
+        for arguments in small_cases(room, (dtype,))[:: 3 if SANITIZED else 1]:
+            expected = call(room.function, fresh(arguments), backend="cpu")
+            actual = call(room.function, map_tensors(change, arguments), backend="cpu")
+            for a, e in zip(actual, expected, strict=True):
+                assert_close(a, e, room.tolerance[dtype])
+            if room.differentiable and any(t.requires_grad for t in tensors_of(arguments)):
+                expected = gradients(room.function, fresh(arguments), backend="cpu")
+                actual = gradients(room.function, map_tensors(change, arguments), backend="cpu")
+                for a, e in zip(actual, expected, strict=True):
+                    assert_close(a, e, room.grad_tolerance.get(dtype, room.tolerance[dtype]))
+
+
 # (room, file): why the removal of one barrier there cannot show
 SPARE_BARRIERS = {
     ("gumbel_softmax", "device_math.cuh"): "reduce_groups may be called twice; these kernels call it once",
     ("linear_cross_entropy", "device_math.cuh"): "called twice by one kernel, where only thread 0 uses the results",
 }
+
+
+COPIES = {"sparse_attention"}  # rooms with asynchronous copies
 
 
 def results(room, arguments):
@@ -96,9 +129,9 @@ def results(room, arguments):
     return [bits(t) for t in actual]
 
 
-def small_cases(room):
-    """Arguments of the room's cases, float32, the smallest first."""
-    arguments = [build(room, case, torch.float32) for case in room.cases if torch.float32 in case.dtypes]
+def small_cases(room, dtypes=(torch.float32, torch.bfloat16)):
+    """Arguments of the room's cases, the smallest first; bfloat16 because tensor cores may take it."""
+    arguments = [build(room, case, dtype) for case in room.cases for dtype in dtypes if dtype in case.dtypes]
     size = lambda a: sum(t.numel() for t in tensors_of(a))  # noqa: E731
     return [a for a in sorted(arguments, key=size) if 0 < size(a) < 40_000]
 
@@ -119,8 +152,10 @@ def is_found(simt, room, cases):
 
 @pytest.mark.skipif(SANITIZED, reason="a kernel without its barrier may leave its memory")
 @pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
-def test_every_barrier_and_the_last_block_are_needed(room, executor):
-    """A control in every kernel: without one of its barriers, or without its last block, results are seen to change."""
+def test_every_barrier_the_last_block_and_the_waits_are_needed(room, executor):
+    """Controls in every kernel: without one of its barriers, its last block, or the waits for its asynchronous copies,
+    results are seen to change.
+    """
     simt = executor(room)
     simt.simt_forget_barriers()
     cases = [(arguments, results(room, arguments)) for arguments in small_cases(room)]
@@ -134,9 +169,13 @@ def test_every_barrier_and_the_last_block_are_needed(room, executor):
         simt.simt_remove_barrier("")
         simt.simt_drop_last_block(True)
         assert is_found(simt, room, cases), "nobody misses the last block"
+        simt.simt_drop_last_block(False)
+        simt.simt_forget_waits(True)
+        assert is_found(simt, room, cases) == (room.name in COPIES), "waits for asynchronous copies"
     finally:
         simt.simt_remove_barrier("")
         simt.simt_drop_last_block(False)
+        simt.simt_forget_waits(False)
     assert not missed, f"removed, and nothing changed: {missed}"
 
 
@@ -156,6 +195,9 @@ def test_the_sanitizers_find_a_planted_bug(name, message):
 CONTROLS = {
     "barrier_removed": None,  # a wrong sum under some schedule
     "tile_short": None,
+    "edge_mask": None,
+    "copy_not_waited": None,
+    "copy_misaligned": "the source of an asynchronous copy is not aligned to 16 bytes",
     "barrier_divergent": "divergent barrier",
     "lane_missing": "a warp waits for a lane that does not come",
 }

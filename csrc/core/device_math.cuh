@@ -8,6 +8,10 @@
 
 namespace dalle_fast {
 
+struct alignas(16) Vector16 {
+  uint32_t word[4];
+};
+
 struct bf16_t {
   uint16_t bits;
 };
@@ -42,6 +46,31 @@ __device__ __forceinline__ void from_float(fp16_t* to, float x) {  // nearest ev
     r = (a - (112u << 23) + 0xfffu + (a >> 13 & 1u)) >> 13;
   to->bits = static_cast<uint16_t>(r | (u >> 16 & 0x8000u));
 }
+
+// 2^x, about 2 ulp; what would be subnormal is 0
+__device__ __forceinline__ float fast_exp2(float x) {
+#if defined(DF_SIMT)
+  return x < -126.0f ? 0.0f : exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// Division of n in [0, 2^31) by a constant: a product and a shift (Granlund and Montgomery, 1994).
+struct Divisor {
+  uint32_t magic = 1, shift = 0;
+  Divisor() = default;
+  explicit Divisor(uint32_t by) {
+    while ((uint64_t{1} << shift) < by) ++shift;
+    magic = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - by)) / by + 1);
+  }
+  __device__ __forceinline__ int divide(int n) const {
+    const auto u = static_cast<uint32_t>(n);
+    return static_cast<int>((__umulhi(u, magic) + u) >> shift);
+  }
+};
 
 // f(T{}) with the element type T of a floating tensor.
 template <typename F>

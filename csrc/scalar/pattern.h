@@ -40,12 +40,10 @@ DF_HD bool image_may_attend(const Pattern& p, int64_t q, int64_t k) {
     const int64_t columns = q % p.width - k % p.width;
     return rows <= half && columns <= half && -columns <= half;
   }
-  // offset = width * rows + columns for some rows in [0, half], |columns| <= half: wide windows overlap themselves
-  for (int64_t rows = 0; rows <= half; ++rows) {
-    const int64_t columns = offset - p.width * rows;
-    if (columns <= half && -columns <= half) return true;
-  }
-  return false;
+  // offset = width * rows + columns for some rows in [0, half], |columns| <= half (wide windows overlap themselves):
+  // the most rows that leave columns >= -half
+  const int64_t most = (offset + half) / p.width, rows = most < half ? most : half;
+  return offset - p.width * rows <= half;
 }
 
 // The smallest raster index that image query q may attend to.

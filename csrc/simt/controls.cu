@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../core/device.cuh"
+#include "../core/mma.cuh"
 
 namespace dalle_fast::simt_controls {
 namespace {
@@ -92,9 +92,37 @@ __global__ void vector_sum(float* out, const float* in) {
   if (threadIdx.x == 0) out[0] = sum;
 }
 
+// tiles of 16 bytes come by asynchronous copies
+template <bool kWait, bool kAligned>
+__global__ void copied_sum(float* out, const float* in) {
+  DF_SHARED(Vector16, tile, kThreads / 4);
+  auto* const to = reinterpret_cast<float*>(tile);
+  if (threadIdx.x < kThreads / 4 - 1)
+    DF_COPY_ASYNC_16(to + 4 * threadIdx.x, in + 4 * threadIdx.x + (kAligned ? 0 : 1), true);
+  if (threadIdx.x >= kThreads - 4) to[threadIdx.x] = in[threadIdx.x];
+  copy_async_commit();
+  if (kWait) copy_async_wait<0>();
+  __syncthreads();
+  float sum = 0.0f;
+  for (int i = 0; i < kThreads; ++i) sum += to[i];
+  if (threadIdx.x == 0) out[0] = sum;
+}
+
+// the sum of the first 60, in tiles of 16: the last has an edge
+template <bool kWrong>
+__global__ void masked_sum(float* out, const float* in) {
+  float sum = 0.0f;
+  const int lane = threadIdx.x % 16;
+  for (int tile = 0; tile < kThreads; tile += 16)
+    if (kWrong ? tile + lane <= 60 : tile + lane < 60) sum += in[tile + lane];
+  for (unsigned bits = 8; bits > 0; bits /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bits);
+  if (threadIdx.x == 0) out[0] = sum + in[60] + in[61] + in[62] + in[63];
+}
+
 }  // namespace
 
-// Runs a control, with or without its bug; out and in are float32 on the host, 1 and 64 of them.
+// Runs a control, with or without its bug; out and in are float32 on the host, 1 and 64 of them, `in` aligned to 16
+// bytes.
 void run(const std::string& name, bool planted, float* out, const float* in) {
   void* stream = nullptr;
   if (name == "barrier_removed") {
@@ -115,6 +143,15 @@ void run(const std::string& name, bool planted, float* out, const float* in) {
   } else if (name == "misaligned_vector") {
     planted ? DF_LAUNCH(vector_sum<true>, 1, kThreads, 0, stream, out, in)
             : DF_LAUNCH(vector_sum<false>, 1, kThreads, 0, stream, out, in);
+  } else if (name == "copy_not_waited") {
+    planted ? DF_LAUNCH((copied_sum<false, true>), 1, kThreads, 0, stream, out, in)
+            : DF_LAUNCH((copied_sum<true, true>), 1, kThreads, 0, stream, out, in);
+  } else if (name == "copy_misaligned") {
+    planted ? DF_LAUNCH((copied_sum<true, false>), 1, kThreads, 0, stream, out, in)
+            : DF_LAUNCH((copied_sum<true, true>), 1, kThreads, 0, stream, out, in);
+  } else if (name == "edge_mask") {
+    planted ? DF_LAUNCH(masked_sum<true>, 1, kThreads, 0, stream, out, in)
+            : DF_LAUNCH(masked_sum<false>, 1, kThreads, 0, stream, out, in);
   } else {
     throw std::invalid_argument("name: no such control: " + name);
   }

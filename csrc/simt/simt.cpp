@@ -26,6 +26,13 @@ constexpr unsigned kWarp = 32;
 
 enum class State { kReady, kBarrier, kWarpWait, kDone };
 
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t size, bytes;
+  unsigned group;  // how many groups its thread had committed when it was issued
+};
+
 struct Fiber {
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
@@ -39,11 +46,19 @@ struct Fiber {
   unsigned mask = 0;
   uint64_t value = 0;
   uint64_t lanes[kWarp] = {};
+  void (*together)(void* const* lanes) = nullptr;
+  std::vector<Copy> copies;  // not done yet
+  unsigned groups = 0;       // committed so far
 };
+
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<char, Free>;
 
 struct Shared {
   Site site;
-  std::unique_ptr<char[]> memory;
+  Memory memory;
 };
 
 struct Machine {
@@ -53,12 +68,14 @@ struct Machine {
   const std::function<void()>* kernel = nullptr;
   const char* name = "";
   std::vector<Shared> shared;
-  std::unique_ptr<char[]> dynamic;
+  Memory dynamic;
   uint64_t random = 0;
   uint64_t seed = 1;
   std::vector<Site> barriers;
   std::string removed_barrier;
+  std::string failure;  // of the fiber that ran last
   bool last_block_dropped = false;
+  bool waits_forgotten = false;
 #if defined(__x86_64__)
   void* scheduler = nullptr;
 #else
@@ -216,6 +233,11 @@ void try_warp(Machine& m, unsigned index) {
   uint64_t values[kWarp] = {};
   for (unsigned l = 0; l < kWarp && base + l < m.count; ++l)
     if (fiber.mask >> l & 1u) values[l] = m.fibers[base + l]->value;
+  if (fiber.together) {
+    void* lanes[kWarp];
+    for (unsigned l = 0; l < kWarp; ++l) lanes[l] = reinterpret_cast<void*>(values[l]);
+    fiber.together(lanes);
+  }
   const unsigned mask = fiber.mask;
   for (unsigned l = 0; l < kWarp && base + l < m.count; ++l)
     if (mask >> l & 1u) {
@@ -281,15 +303,26 @@ void run_block(Machine& m) {
       Fiber* fiber = m.fibers[index].get();
       if (fiber->state != State::kReady) continue;
       to_fiber(m, fiber);
+      if (!m.failure.empty()) {
+        const std::string what = std::move(m.failure);
+        m.failure.clear();
+        throw std::runtime_error(what);
+      }
       if (fiber->state == State::kWarpWait) try_warp(m, index);
     }
   }
 }
 
-std::unique_ptr<char[]> poisoned(std::size_t bytes) {
-  std::unique_ptr<char[]> memory(new char[bytes + !bytes]);
-  std::memset(memory.get(), 0xff, bytes);  // NaN, or -1
-  return memory;
+Memory poisoned(std::size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 128, bytes + !bytes)) throw std::bad_alloc();
+  std::memset(memory, 0xff, bytes);  // NaN, or -1
+  return Memory(static_cast<char*>(memory));
+}
+
+void perform(const Copy& copy) {
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.size - copy.bytes);
 }
 
 }  // namespace
@@ -302,6 +335,7 @@ std::string place_of(const Site& site) {
 }
 
 void remove_barrier(const std::string& place) { machine().removed_barrier = place; }
+void forget_waits(bool forget) { machine().waits_forgotten = forget; }
 void drop_last_block(bool drop) { machine().last_block_dropped = drop; }
 std::vector<std::string> barriers() {
   std::vector<std::string> places;
@@ -335,6 +369,8 @@ void launch(const dim3& grid, const dim3& block, std::size_t shared_bytes, const
     for (unsigned i = 0; i < m.count; ++i) {
       Fiber* fiber = m.fibers[i].get();
       fiber->state = State::kReady;
+      fiber->copies.clear();
+      fiber->groups = 0;
       fiber->thread = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
       prepare(fiber);
     }
@@ -360,8 +396,58 @@ const uint64_t* exchange(unsigned mask, uint64_t value, const Site& site) {
   self->site = site;
   self->mask = mask;
   self->value = value;
+  self->together = nullptr;
   to_scheduler(false);
   return self->lanes;
+}
+
+void collective(void* mine, void (*together)(void* const* lanes), const Site& site) {
+  Fiber* self = machine().running;
+  if (machine().count % kWarp) fail_here("an instruction of whole warps in a block of another size", site);
+  self->state = State::kWarpWait;
+  self->site = site;
+  self->mask = 0xffffffffu;
+  self->value = reinterpret_cast<std::uintptr_t>(mine);
+  self->together = together;
+  to_scheduler(false);
+}
+
+void copy_async(void* to, const void* from, std::size_t size, std::size_t bytes, const Site& site) {
+  Machine& m = machine();
+  require_aligned(to, size, "the target of an asynchronous copy", site);
+  require_aligned(from, size, "the source of an asynchronous copy", site);
+  const Copy copy{to, from, size, bytes, m.running->groups};
+  if (next_random(m) % 2)
+    perform(copy);
+  else
+    m.running->copies.push_back(copy);
+}
+
+void commit_copies() { ++machine().running->groups; }
+
+void wait_copies(unsigned pending_groups) {
+  Machine& m = machine();
+  if (m.waits_forgotten) return;
+  std::vector<Copy> left;
+  for (const Copy& copy : m.running->copies)
+    if (copy.group + pending_groups < m.running->groups)
+      perform(copy);
+    else
+      left.push_back(copy);
+  m.running->copies.swap(left);
+}
+
+void fail_here(const std::string& what, const Site& site) {
+  Machine& m = machine();
+  m.running->site = site;
+  // A fiber cannot throw past its first frame: the scheduler does it.
+  m.failure = std::string("simt: ") + what + " in " + m.name + ", block (" + std::to_string(here.block.x) + ", " +
+              std::to_string(here.block.y) + ", " + std::to_string(here.block.z) + "), thread (" +
+              std::to_string(here.thread.x) + ", " + std::to_string(here.thread.y) + ", " +
+              std::to_string(here.thread.z) + "), " + place_of(site);
+  m.running->state = State::kDone;
+  to_scheduler(false);
+  std::abort();
 }
 
 void* static_shared(std::size_t bytes, const Site& site) {

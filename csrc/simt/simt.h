@@ -51,6 +51,19 @@ void forget_barriers();
 void launch(const dim3& grid, const dim3& block, std::size_t shared_bytes, const char* name,
             const std::function<void()>& kernel);
 void sync_block(const Site& site);
+// The whole warp meets; `together` then runs once, on what each lane brought (a pointer into its stack).
+void collective(void* mine, void (*together)(void* const* lanes), const Site& site);
+// Asynchronous copies: each happens at once or, as if by chance, only when its thread waits for it; one that nobody
+// waits for may never happen. `bytes` 0 fills with zeros.
+void copy_async(void* to, const void* from, std::size_t size, std::size_t bytes, const Site& site);
+void commit_copies();
+void wait_copies(unsigned pending_groups);
+void forget_waits(bool forget);  // a planted bug: waits do nothing
+[[noreturn]] void fail_here(const std::string& what, const Site& site);
+inline void require_aligned(const void* p, std::size_t bytes, const char* what, const Site& site) {
+  if (reinterpret_cast<std::uintptr_t>(p) % bytes)
+    fail_here(std::string(what) + " is not aligned to " + std::to_string(bytes) + " bytes", site);
+}
 // Waits for all lanes of `mask`; returns what each of the 32 lanes of the warp gave.
 const uint64_t* exchange(unsigned mask, uint64_t value, const Site& site);
 void* static_shared(std::size_t bytes, const Site& site);
@@ -71,6 +84,7 @@ T shuffle(unsigned mask, T value, unsigned source, const Site& site) {
   std::memcpy(&value, &got, sizeof value);
   return value;
 }
+inline uint32_t mul_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
 inline unsigned ballot(unsigned mask, bool vote, const Site& site) {
   const uint64_t* votes = exchange(mask, vote, site);
   unsigned bits = 0;
@@ -89,6 +103,7 @@ inline unsigned ballot(unsigned mask, bool vote, const Site& site) {
 #define DF_SIMT_SITE \
   ::simt::Site { __FILE__, __LINE__ }
 #define __syncthreads() ::simt::sync_block(DF_SIMT_SITE)
+#define __umulhi(a, b) ::simt::mul_high((a), (b))
 #define __syncwarp() (void)::simt::exchange(0xffffffffu, 0, DF_SIMT_SITE)
 #define __shfl_sync(mask, value, source) ::simt::shuffle((mask), (value), (source), DF_SIMT_SITE)
 #define __shfl_xor_sync(mask, value, bits) ::simt::shuffle((mask), (value), ::simt::lane() ^ (bits), DF_SIMT_SITE)

@@ -1,82 +1,37 @@
 // SPDX-License-Identifier: MIT
-// Portable kernels in float32 arithmetic. A block owns 16 rows (queries, or keys for dk and dv), a warp four of them;
-// it walks over the other side in tiles of 32, a lane a key. Image positions are walked in an order in which what a
-// pattern sees is one range (column by column for the column pattern): an index mapping, no tensor is moved. Pairs
-// inside the range are masked by index arithmetic. The backward pass has one kernel for dq and one for dk and dv,
-// without atomics and without memory beyond the log-sum-exp.
+// float32, portable kernels; 16-bit tensors go to cuda_mma.cu. A block owns 16 rows (queries, or keys for dk and dv), a
+// warp four of them; it walks over the other side in tiles of 32, a lane a key. Pairs are masked by index arithmetic.
+// The backward pass has one kernel for dq and one for dk and dv, without atomics and without memory beyond the
+// log-sum-exp.
 #include <stdexcept>
 
-#include "../core/device_math.cuh"
-#include "sparse_attention.h"
+#include "walk.cuh"
 
 namespace dalle_fast::sparse_attention {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kBlocks = 4;             // at least, on a multiprocessor: 128 registers a thread
 constexpr int kEach = 4;               // rows of a warp
 constexpr int kRows = kWarps * kEach;  // rows of a block
 constexpr int kKeys = 32;
 constexpr int kMaxDim = 128;
 
-// Positions in walking order: text 0 ... num_text - 1, then image slots.
-struct Walk {
-  Pattern pattern;
-  int64_t num_text, num_image, slots;
-
-  __host__ __device__ Walk(const Pattern& p, int64_t length) : pattern(p) {
-    num_text = length < p.text_len ? length : p.text_len;
-    num_image = length - num_text;
-    slots = num_image && p.kind == PatternKind::kColumn ? p.height * p.width : num_image;
-  }
-  // raster index of an image slot; at least num_image where a prefix has none
-  __device__ int64_t raster(int64_t slot) const {
-    if (pattern.kind != PatternKind::kColumn) return slot;
-    return slot % pattern.height * pattern.width + slot / pattern.height;
-  }
-  // the first slot that slots from `slot` on may look at
-  __device__ int64_t first_key(int64_t slot) const {
-    if (pattern.kind == PatternKind::kColumn) return slot / pattern.height * pattern.height;
-    return first_image_key(pattern, slot);
-  }
-  // one behind the last slot that may look at slots up to `slot`
-  __device__ int64_t end_query(int64_t slot) const {
-    int64_t end = slots;
-    if (pattern.kind == PatternKind::kColumn) end = (slot / pattern.height + 1) * pattern.height;
-    if (pattern.kind == PatternKind::kRow) end = slot + pattern.extent;
-    if (pattern.kind == PatternKind::kConv) end = slot + pattern.kernel / 2 * (pattern.width + 1) + 1;
-    return end < slots ? end : slots;
-  }
-  // position in the stream of a text index or an image slot, or -1
-  __device__ int64_t position(bool image, int64_t i) const {
-    if (!image) return i < num_text ? i : -1;
-    if (i >= slots) return -1;
-    const int64_t r = raster(i);
-    return r < num_image ? pattern.text_len + r : -1;
-  }
-};
-
-// Rows of this block: `begin` counts text indices or image slots.
-struct Rows {
-  bool image;
-  int64_t begin;
-};
-__host__ __device__ inline int64_t row_blocks(int64_t n) { return (n + kRows - 1) / kRows; }
-__device__ __forceinline__ Rows rows_of(const Walk& walk, int64_t block) {
-  const int64_t text = row_blocks(walk.num_text);
-  return block < text ? Rows{false, block * kRows} : Rows{true, (block - text) * kRows};
+__device__ __forceinline__ Rows block_rows(const Walk& walk) {
+  return rows_of(walk, static_cast<int>(blockIdx.x), kRows);
 }
 
 template <typename T>
 __device__ __forceinline__ T* row_at(const Tensor4& t, int64_t b, int64_t h, int64_t position) {
-  return static_cast<T*>(t.data) + b * t.stride_b + h * t.stride_h + position * t.stride_l;
+  return head_of<T>(t, b, h) + position * t.stride_l;
 }
 
 // `count` rows into shared memory, `stride` floats apart; what does not exist is zero.
 template <typename T>
-__device__ __forceinline__ void load_rows(float* to, int stride, const Tensor4& t, const Walk& walk, bool image,
-                                          int64_t begin, int count, int64_t b, int64_t h, int dim, float factor) {
+__device__ __forceinline__ void load_rows(float* to, int stride, const Tensor4& t, const Walk& walk, const Rows& rows,
+                                          int count, int64_t b, int64_t h, int dim, float factor) {
   for (int r = threadIdx.x / 32; r < count; r += kWarps) {
-    const int64_t position = walk.position(image, begin + r);
+    const int position = walk.position(rows.image, rows.begin + r);
     const T* from = position < 0 ? nullptr : row_at<T>(t, b, h, position);
     for (int d = threadIdx.x % 32; d < dim; d += 32) to[r * stride + d] = from ? to_float(from[d]) * factor : 0.0f;
   }
@@ -124,57 +79,45 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// f(image, begin) for every tile of keys that the queries [begin, begin + kRows) may see any of
-template <typename F>
-__device__ __forceinline__ void for_each_key_tile(const Walk& walk, const Rows& rows, F f) {
-  const int64_t last = rows.begin + kRows;
-  const int64_t text = rows.image || last > walk.num_text ? walk.num_text : last;
-  for (int64_t k = 0; k < text; k += kKeys) f(false, k);
-  if (!rows.image) return;
-  const int64_t end = last < walk.slots ? last : walk.slots;
-  for (int64_t k = walk.first_key(rows.begin); k < end; k += kKeys) f(true, k);
-}
-
-// f(image, begin) for every tile of queries that may see any of the keys [begin, begin + kRows)
-template <typename F>
-__device__ __forceinline__ void for_each_query_tile(const Walk& walk, const Rows& rows, F f) {
-  if (!rows.image)
-    for (int64_t q = rows.begin; q < walk.num_text; q += kKeys) f(false, q);
-  const int64_t last = rows.begin + kRows < walk.slots ? rows.begin + kRows - 1 : walk.slots - 1;
-  const int64_t end = rows.image ? walk.end_query(last) : walk.slots;
-  for (int64_t q = rows.image ? rows.begin : 0; q < end; q += kKeys) f(true, q);
+// Whether a query sees a key, both rows of a block or a tile; `there`: whether the query exists
+__device__ __forceinline__ bool may_see(const Walk& walk, bool there, const Rows& q, int q_at, const Rows& k,
+                                        int k_at) {
+  if (!there) return false;
+  if (!k.image) return k_at < walk.num_text && (q.image || k_at <= q_at);
+  return q.image && walk.sees(q_at, k_at);
 }
 
 // ---- forward
 
 template <typename T, int kPer>
-__global__ void __launch_bounds__(kThreads) attend(const Params p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) attend(const Params p, const Walk walk) {
   DF_DYNAMIC_SHARED(float, shared);
   const int dim = static_cast<int>(p.head_dim), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* const q = shared;
   float* const tile = shared + kRows * dim;
-  const Walk walk(p.pattern, p.length);
-  const Rows rows = rows_of(walk, blockIdx.x);
+  const Rows rows = block_rows(walk);
   const int64_t b = blockIdx.y / p.num_heads, h = blockIdx.y % p.num_heads;
   const int64_t kv = h / (p.num_heads / p.num_kv_heads);
-  load_rows<T>(q, dim, p.q, walk, rows.image, rows.begin, kRows, b, h, dim, p.scale);
-  int64_t position[kEach];
+  load_rows<T>(q, dim, p.q, walk, rows, kRows, b, h, dim, p.scale);
+  int position[kEach];
   float largest[kEach], sum[kEach] = {}, out[kEach][kPer] = {};
   DF_UNROLL
   for (int e = 0; e < kEach; ++e) {
     position[e] = walk.position(rows.image, rows.begin + warp * kEach + e);
     largest[e] = -INFINITY;
   }
-  for_each_key_tile(walk, rows, [&](bool image, int64_t begin) {
+  const Tiles tiles = key_tiles(walk, rows, kRows, kKeys);
+  for (int i = 0; i < tiles.count; ++i) {
+    const Rows tile_rows = tiles[i];
     __syncthreads();
-    load_rows<T>(tile, dim + 1, p.k, walk, image, begin, kKeys, b, kv, dim, 1.0f);
+    load_rows<T>(tile, dim + 1, p.k, walk, tile_rows, kKeys, b, kv, dim, 1.0f);
     __syncthreads();
     float s[kEach];
     dots(s, q, tile, dim);
-    const int64_t key = walk.position(image, begin + lane);
+    const int key = tile_rows.begin + lane;
     DF_UNROLL
     for (int e = 0; e < kEach; ++e) {
-      const bool seen = key >= 0 && position[e] >= 0 && may_attend(p.pattern, position[e], key);
+      const bool seen = may_see(walk, position[e] >= 0, rows, rows.begin + warp * kEach + e, tile_rows, key);
       const float top = warp_max(seen ? s[e] : -INFINITY);
       const float now = top > largest[e] ? top : largest[e];
       const float keep = sum[e] == 0.0f ? 0.0f : expf(largest[e] - now);
@@ -185,10 +128,10 @@ __global__ void __launch_bounds__(kThreads) attend(const Params p) {
       for (int j = 0; j < kPer; ++j) out[e][j] *= keep;
     }
     __syncthreads();
-    load_rows<T>(tile, dim + 1, p.v, walk, image, begin, kKeys, b, kv, dim, 1.0f);
+    load_rows<T>(tile, dim + 1, p.v, walk, tile_rows, kKeys, b, kv, dim, 1.0f);
     __syncthreads();
     accumulate<kPer>(out, s, tile, dim);
-  });
+  }
   DF_UNROLL
   for (int e = 0; e < kEach; ++e) {
     if (position[e] < 0) continue;
@@ -213,43 +156,44 @@ __device__ __forceinline__ float delta_at(const Params& p, int64_t b, int64_t h,
 }
 
 template <typename T, int kPer>
-__global__ void __launch_bounds__(kThreads) gradient_of_queries(const Params p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gradient_of_queries(const Params p, const Walk walk) {
   DF_DYNAMIC_SHARED(float, shared);
   const int dim = static_cast<int>(p.head_dim), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* const q = shared;
   float* const dout = q + kRows * dim;
   float* const tile = dout + kRows * dim;
-  const Walk walk(p.pattern, p.length);
-  const Rows rows = rows_of(walk, blockIdx.x);
+  const Rows rows = block_rows(walk);
   const int64_t b = blockIdx.y / p.num_heads, h = blockIdx.y % p.num_heads;
   const int64_t kv = h / (p.num_heads / p.num_kv_heads);
-  load_rows<T>(q, dim, p.q, walk, rows.image, rows.begin, kRows, b, h, dim, p.scale);
-  load_rows<T>(dout, dim, p.dout, walk, rows.image, rows.begin, kRows, b, h, dim, 1.0f);
-  int64_t position[kEach];
+  load_rows<T>(q, dim, p.q, walk, rows, kRows, b, h, dim, p.scale);
+  load_rows<T>(dout, dim, p.dout, walk, rows, kRows, b, h, dim, 1.0f);
+  int position[kEach];
   float lse[kEach], delta[kEach], dq[kEach][kPer] = {};
   for (int e = 0; e < kEach; ++e) {
     position[e] = walk.position(rows.image, rows.begin + warp * kEach + e);
     lse[e] = position[e] < 0 ? 0.0f : p.lse[(b * p.num_heads + h) * p.length + position[e]];
     delta[e] = delta_at<T>(p, b, h, position[e], dim);
   }
-  for_each_key_tile(walk, rows, [&](bool image, int64_t begin) {
+  const Tiles tiles = key_tiles(walk, rows, kRows, kKeys);
+  for (int i = 0; i < tiles.count; ++i) {
+    const Rows tile_rows = tiles[i];
     __syncthreads();
-    load_rows<T>(tile, dim + 1, p.v, walk, image, begin, kKeys, b, kv, dim, 1.0f);
+    load_rows<T>(tile, dim + 1, p.v, walk, tile_rows, kKeys, b, kv, dim, 1.0f);
     __syncthreads();
     float dp[kEach], ds[kEach];
     dots(dp, dout, tile, dim);
     __syncthreads();
-    load_rows<T>(tile, dim + 1, p.k, walk, image, begin, kKeys, b, kv, dim, 1.0f);
+    load_rows<T>(tile, dim + 1, p.k, walk, tile_rows, kKeys, b, kv, dim, 1.0f);
     __syncthreads();
     dots(ds, q, tile, dim);
-    const int64_t key = walk.position(image, begin + lane);
+    const int key = tile_rows.begin + lane;
     DF_UNROLL
     for (int e = 0; e < kEach; ++e) {
-      const bool seen = key >= 0 && position[e] >= 0 && may_attend(p.pattern, position[e], key);
+      const bool seen = may_see(walk, position[e] >= 0, rows, rows.begin + warp * kEach + e, tile_rows, key);
       ds[e] = seen ? expf(ds[e] - lse[e]) * (dp[e] - delta[e]) : 0.0f;
     }
     accumulate<kPer>(dq, ds, tile, dim);
-  });
+  }
   DF_UNROLL
   for (int e = 0; e < kEach; ++e) {
     if (position[e] < 0) continue;
@@ -261,54 +205,56 @@ __global__ void __launch_bounds__(kThreads) gradient_of_queries(const Params p) 
 }
 
 template <typename T, int kPer>
-__global__ void __launch_bounds__(kThreads) gradient_of_keys(const Params p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gradient_of_keys(const Params p, const Walk walk) {
   DF_DYNAMIC_SHARED(float, shared);
   DF_SHARED(float, deltas, kKeys);
   const int dim = static_cast<int>(p.head_dim), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* const k = shared;
   float* const v = k + kRows * dim;
   float* const tile = v + kRows * dim;
-  const Walk walk(p.pattern, p.length);
-  const Rows rows = rows_of(walk, blockIdx.x);
+  const Rows rows = block_rows(walk);
   const int64_t b = blockIdx.y / p.num_kv_heads, kv = blockIdx.y % p.num_kv_heads;
-  load_rows<T>(k, dim, p.k, walk, rows.image, rows.begin, kRows, b, kv, dim, p.scale);
-  load_rows<T>(v, dim, p.v, walk, rows.image, rows.begin, kRows, b, kv, dim, 1.0f);
-  int64_t position[kEach];
+  load_rows<T>(k, dim, p.k, walk, rows, kRows, b, kv, dim, p.scale);
+  load_rows<T>(v, dim, p.v, walk, rows, kRows, b, kv, dim, 1.0f);
+  int position[kEach];
   float dk[kEach][kPer] = {}, dv[kEach][kPer] = {};
   DF_UNROLL
   for (int e = 0; e < kEach; ++e) position[e] = walk.position(rows.image, rows.begin + warp * kEach + e);
+  const Tiles tiles = query_tiles(walk, rows, kRows, kKeys);
   const int64_t group = p.num_heads / p.num_kv_heads;
   for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
-    for_each_query_tile(walk, rows, [&](bool image, int64_t begin) {
+    for (int t = 0; t < tiles.count; ++t) {
+      const Rows tile_rows = tiles[t];
       __syncthreads();
-      load_rows<T>(tile, dim + 1, p.q, walk, image, begin, kKeys, b, h, dim, 1.0f);
+      load_rows<T>(tile, dim + 1, p.q, walk, tile_rows, kKeys, b, h, dim, 1.0f);
       for (int i = warp; i < kKeys; i += kWarps) {
-        const float delta = delta_at<T>(p, b, h, walk.position(image, begin + i), dim);
+        const float delta = delta_at<T>(p, b, h, walk.position(tile_rows.image, tile_rows.begin + i), dim);
         if (lane == 0) deltas[i] = delta;
       }
       __syncthreads();
       float weight[kEach], dp[kEach];
       dots(weight, k, tile, dim);
-      const int64_t query = walk.position(image, begin + lane);
+      const int query = walk.position(tile_rows.image, tile_rows.begin + lane);
       const float lse = query < 0 ? 0.0f : p.lse[(b * p.num_heads + h) * p.length + query];
       const float delta = deltas[lane];
       DF_UNROLL
       for (int e = 0; e < kEach; ++e) {
-        const bool seen = query >= 0 && position[e] >= 0 && may_attend(p.pattern, query, position[e]);
+        const bool seen = position[e] >= 0 && may_see(walk, query >= 0, tile_rows, tile_rows.begin + lane, rows,
+                                                      rows.begin + warp * kEach + e);
         weight[e] = seen ? expf(weight[e] - lse) : 0.0f;
       }
       __syncthreads();
-      load_rows<T>(tile, dim + 1, p.dout, walk, image, begin, kKeys, b, h, dim, 1.0f);
+      load_rows<T>(tile, dim + 1, p.dout, walk, tile_rows, kKeys, b, h, dim, 1.0f);
       __syncthreads();
       dots(dp, v, tile, dim);
       accumulate<kPer>(dv, weight, tile, dim);
       DF_UNROLL
       for (int e = 0; e < kEach; ++e) weight[e] = weight[e] == 0.0f ? 0.0f : weight[e] * (dp[e] - delta);
       __syncthreads();
-      load_rows<T>(tile, dim + 1, p.q, walk, image, begin, kKeys, b, h, dim, p.scale);
+      load_rows<T>(tile, dim + 1, p.q, walk, tile_rows, kKeys, b, h, dim, p.scale);
       __syncthreads();
       accumulate<kPer>(dk, weight, tile, dim);
-    });
+    }
   DF_UNROLL
   for (int e = 0; e < kEach; ++e) {
     if (position[e] < 0) continue;
@@ -325,44 +271,33 @@ __global__ void __launch_bounds__(kThreads) gradient_of_keys(const Params p) {
 
 // ---- launches
 
-struct Grid {
-  dim3 queries, keys;
-};
-
-Grid grid_of(const Params& p) {
-  if (p.head_dim > kMaxDim) throw std::invalid_argument("q: the CUDA kernel takes at most 128 channels a head");
-  if (p.batch * p.num_heads > 65535)
-    throw std::invalid_argument("q: the CUDA kernel takes at most 65535 batch * heads");
-  const Walk walk(p.pattern, p.length);
-  const unsigned blocks = static_cast<unsigned>(row_blocks(walk.num_text) + row_blocks(walk.slots));
-  return {dim3(blocks, static_cast<unsigned>(p.batch * p.num_heads)),
-          dim3(blocks, static_cast<unsigned>(p.batch * p.num_kv_heads))};
-}
-
-template <typename T, int kPer>
-void run_forward(const Params& p, void* stream) {
-  const std::size_t bytes = (kRows * p.head_dim + kKeys * (p.head_dim + 1)) * sizeof(float);
-  DF_LAUNCH((attend<T, kPer>), grid_of(p).queries, kThreads, bytes, stream, p);
-}
-
-template <typename T, int kPer>
-void run_backward(const Params& p, void* stream) {
-  const std::size_t bytes = (2 * kRows * p.head_dim + kKeys * (p.head_dim + 1)) * sizeof(float);
-  DF_LAUNCH((gradient_of_queries<T, kPer>), grid_of(p).queries, kThreads, bytes, stream, p);
-  DF_LAUNCH((gradient_of_keys<T, kPer>), grid_of(p).keys, kThreads, bytes, stream, p);
-}
-
-template <typename T>
-void run(const Params& p, void* stream, bool backward) {
-  if (p.head_dim <= 32) return backward ? run_backward<T, 1>(p, stream) : run_forward<T, 1>(p, stream);
-  if (p.head_dim <= 64) return backward ? run_backward<T, 2>(p, stream) : run_forward<T, 2>(p, stream);
-  return backward ? run_backward<T, 4>(p, stream) : run_forward<T, 4>(p, stream);
+template <int kPer>
+void run(const Params& p, const Walk& walk, void* stream, bool backward) {
+  const auto blocks = static_cast<unsigned>(walk.blocks(kRows));
+  const dim3 queries(blocks, static_cast<unsigned>(p.batch * p.num_heads));
+  const dim3 keys(blocks, static_cast<unsigned>(p.batch * p.num_kv_heads));
+  const std::size_t rows = kRows * p.head_dim * sizeof(float), tile = kKeys * (p.head_dim + 1) * sizeof(float);
+  if (!backward) {
+    DF_LAUNCH((attend<float, kPer>), queries, kThreads, rows + tile, stream, p, walk);
+    return;
+  }
+  DF_LAUNCH((gradient_of_queries<float, kPer>), queries, kThreads, 2 * rows + tile, stream, p, walk);
+  DF_LAUNCH((gradient_of_keys<float, kPer>), keys, kThreads, 2 * rows + tile, stream, p, walk);
 }
 
 void run_any(const Params& p, void* stream, bool backward) {
   if (p.batch == 0 || p.length == 0 || p.num_heads == 0) return;
+  if (p.head_dim > kMaxDim) throw std::invalid_argument("q: the CUDA kernel takes at most 128 channels a head");
+  if (p.batch * p.num_heads > 65535)
+    throw std::invalid_argument("q: the CUDA kernel takes at most 65535 batch * heads");
+  if (p.pattern.length() > (1 << 20))
+    throw std::invalid_argument("pattern: the CUDA kernel takes at most 2^20 positions");
   const DeviceGuard guard(p.device.index);
-  with_element_type(p.dtype, [&](auto x) { run<decltype(x)>(p, stream, backward); });
+  const Walk walk(p.pattern, p.length);
+  if (p.dtype != DType::kFloat32) return backward ? backward_mma(p, walk, stream) : forward_mma(p, walk, stream);
+  if (p.head_dim <= 32) return run<1>(p, walk, stream, backward);
+  if (p.head_dim <= 64) return run<2>(p, walk, stream, backward);
+  run<4>(p, walk, stream, backward);
 }
 
 }  // namespace

@@ -78,6 +78,10 @@ ROOM = Room(
         _case("tiles", AttentionPattern("row", 33, (9, 9)), batch=1, dim=64),
         _case("column_tiles", AttentionPattern("column", 17, (70, 2)), batch=1, dim=24),
         _case("conv_tiles", AttentionPattern("conv", 65, (12, 11)), batch=1, dim=32),
+        # whole tiles of 64 that need no mask
+        _case("dense_interior", AttentionPattern("dense", 70, (10, 14)), batch=1, heads=2, kv_heads=1, dim=128),
+        _case("row_interior", AttentionPattern("row", 3, (20, 10), extent=150), batch=1, heads=1, dim=40),
+        _case("column_interior", AttentionPattern("column", 66, (140, 2)), batch=1, heads=1, dim=16, length=330),
         _case("one", AttentionPattern("dense", 1, (1, 1)), batch=1, heads=1, dim=1, length=1),
         _case("empty_batch", AttentionPattern("row", 3, (2, 2)), batch=0),
         _case("empty_length", AttentionPattern("row", 3, (2, 2)), length=0),

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: MIT
+// Tensor cores and asynchronous copies of sm_80 and newer: mma.sync m16n8k16 on 16-bit operands with float32 sums,
+// ldmatrix, cp.async. Fragments have the layout of the PTX manual: with g = lane / 4 and t = lane % 4,
+//   A[16, 16]  a[0]: (g, 2t) (g, 2t + 1), a[1]: rows + 8, a[2]: columns + 8, a[3]: both
+//   B[16, 8]   b[0]: (2t, g) (2t + 1, g), b[1]: rows + 8
+//   C[16, 8]   c[0], c[1]: (g, 2t) (g, 2t + 1), c[2], c[3]: rows + 8
+#pragma once
+
+#include "device_math.cuh"
+
+namespace dalle_fast {
+
+// ---- instructions
+
+#if defined(DF_SIMT)
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+  T a, b;
+  from_float(&a, low);
+  from_float(&b, high);
+  return a.bits | static_cast<uint32_t>(b.bits) << 16;
+}
+
+template <typename T>
+__device__ __forceinline__ float unpack(uint32_t pair, int which) {
+  return to_float(T{static_cast<uint16_t>(pair >> 16 * which)});
+}
+
+template <typename T>
+__device__ inline void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b) {
+  struct Lane {
+    float* c;
+    const uint32_t *a, *b;
+  } mine{c, a, b};
+  const auto together = [](void* const* lanes) {
+    float left[16][16], right[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const Lane& l = *static_cast<const Lane*>(lanes[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 2; ++j) left[g + i % 2 * 8][2 * t + j + i / 2 * 8] = unpack<T>(l.a[i], j);
+      for (int i = 0; i < 2; ++i)
+        for (int j = 0; j < 2; ++j) right[2 * t + j + 8 * i][g] = unpack<T>(l.b[i], j);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      float* const out = static_cast<const Lane*>(lanes[lane])->c;
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) out[i] += left[row][k] * right[k][column];
+      }
+    }
+  };
+  ::simt::collective(&mine, together, DF_SIMT_SITE);
+}
+
+// Four 8x8 matrices of 16-bit elements; lanes 8i ... 8i + 7 give the rows of the i-th (16 bytes each, aligned).
+template <bool kTranspose>
+__device__ inline void load_matrices(uint32_t* out, const void* row) {
+  struct Lane {
+    uint32_t* out;
+    const void* row;
+  } mine{out, row};
+  ::simt::require_aligned(row, 16, "a row of ldmatrix", DF_SIMT_SITE);
+  const auto together = [](void* const* lanes) {
+    for (int i = 0; i < 4; ++i) {
+      uint16_t matrix[8][8];
+      for (int r = 0; r < 8; ++r) std::memcpy(matrix[r], static_cast<const Lane*>(lanes[8 * i + r])->row, 16);
+      for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        const uint32_t low = kTranspose ? matrix[2 * t][g] : matrix[g][2 * t];
+        const uint32_t high = kTranspose ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
+        static_cast<const Lane*>(lanes[lane])->out[i] = low | high << 16;
+      }
+    }
+  };
+  ::simt::collective(&mine, together, DF_SIMT_SITE);
+}
+
+#define DF_COPY_ASYNC_16(to, from, there) ::simt::copy_async((to), (from), 16, (there) ? 16 : 0, DF_SIMT_SITE)
+__device__ __forceinline__ void copy_async_commit() { ::simt::commit_copies(); }
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  ::simt::wait_copies(kPending);
+}
+
+#else
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16_t>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+template <typename T>
+__device__ __forceinline__ void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b) {
+  if constexpr (std::is_same_v<T, bf16_t>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8x8 matrices of 16-bit elements; lanes 8i ... 8i + 7 give the rows of the i-th (16 bytes each, aligned).
+template <bool kTranspose>
+__device__ __forceinline__ void load_matrices(uint32_t* out, const void* row) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTranspose)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(at)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(at)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_async_16(void* to, const void* from, bool there) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+}
+// 16 bytes from global into shared memory; zeros where nothing is `there` (`from` must be a valid address even so)
+#define DF_COPY_ASYNC_16(to, from, there) copy_async_16((to), (from), (there))
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#endif
+
+// ---- tiles of 16-bit elements in shared memory, rows of kWidth elements
+
+// Rows are 16 bytes longer than their elements, so that eight rows at one column lie in different banks.
+template <int kWidth>
+inline constexpr int kTileStride = kWidth + 8;
+
+// A fragment of rows [row, row + 16), columns [column, column + 16)
+template <int kWidth, typename T>
+__device__ __forceinline__ void load_a(uint32_t* a, const T* tile, int row, int column) {
+  const int lane = threadIdx.x % 32;
+  load_matrices<false>(a, tile + (row + lane % 16) * kTileStride<kWidth> + column + lane / 16 * 8);
+}
+
+// B fragments of two blocks of eight columns: the tile holds B transposed, B[k, n] = tile[n, k]
+template <int kWidth, typename T>
+__device__ __forceinline__ void load_b(uint32_t* b, const T* tile, int n, int k) {
+  const int lane = threadIdx.x % 32;
+  load_matrices<false>(b, tile + (n + lane % 8 + lane / 16 * 8) * kTileStride<kWidth> + k + lane / 8 % 2 * 8);
+}
+
+// the same where the tile holds B as it is, B[k, n] = tile[k, n]
+template <int kWidth, typename T>
+__device__ __forceinline__ void load_b_rows(uint32_t* b, const T* tile, int n, int k) {
+  const int lane = threadIdx.x % 32;
+  load_matrices<true>(b, tile + (k + lane % 16) * kTileStride<kWidth> + n + lane / 16 * 8);
+}
+
+// c[n] (+)= a . tile^T: A [16, kDepth] from fragments, kColumns rows of the tile
+template <int kDepth, int kColumns, typename T, typename A>
+__device__ __forceinline__ void multiply_transposed(float (*c)[4], A a_of, const T* tile) {
+  DF_UNROLL
+  for (int n = 0; n < kColumns / 8; ++n)
+    for (int i = 0; i < 4; ++i) c[n][i] = 0.0f;
+  DF_UNROLL
+  for (int k = 0; k < kDepth; k += 16) {
+    uint32_t a[4];
+    a_of(a, k);
+    DF_UNROLL
+    for (int n = 0; n < kColumns; n += 16) {
+      uint32_t b[4];
+      load_b<kDepth>(b, tile, n, k);
+      mma_16x8x16<T>(c[n / 8], a, b);
+      mma_16x8x16<T>(c[n / 8 + 1], a, b + 2);
+    }
+  }
+}
+
+// c[n] += w . tile: W [16, kRows] is a product's result (its C fragments are rounded and become A fragments)
+template <int kRows, int kWidth, typename T>
+__device__ __forceinline__ void multiply_add(float (*c)[4], const float (*w)[4], const T* tile) {
+  DF_UNROLL
+  for (int k = 0; k < kRows; k += 16) {
+    const float (*block)[4] = w + k / 8;
+    const uint32_t a[4] = {pack2<T>(block[0][0], block[0][1]), pack2<T>(block[0][2], block[0][3]),
+                           pack2<T>(block[1][0], block[1][1]), pack2<T>(block[1][2], block[1][3])};
+    DF_UNROLL
+    for (int n = 0; n < kWidth; n += 16) {
+      uint32_t b[4];
+      load_b_rows<kWidth>(b, tile, n, k);
+      mma_16x8x16<T>(c[n / 8], a, b);
+      mma_16x8x16<T>(c[n / 8 + 1], a, b + 2);
+    }
+  }
+}
+
+}  // namespace dalle_fast
