@@ -4,6 +4,9 @@
 //   A[16, 16]  a[0]: (g, 2t) (g, 2t + 1), a[1]: rows + 8, a[2]: columns + 8, a[3]: both
 //   B[16, 8]   b[0]: (2t, g) (2t + 1, g), b[1]: rows + 8
 //   C[16, 8]   c[0], c[1]: (g, 2t) (g, 2t + 1), c[2], c[3]: rows + 8
+// and m16n8k8 on tf32 (float32 with 10 bits behind the point: all 1-6-9 codes are such), C as above,
+//   A[16, 8]   a[0]: (g, t), a[1]: rows + 8, a[2]: columns + 4, a[3]: both
+//   B[8, 8]    b[0]: (t, g), b[1]: rows + 4
 #pragma once
 
 #include "device_math.cuh"
@@ -48,6 +51,31 @@ __device__ inline void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* 
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         for (int k = 0; k < 16; ++k) out[i] += left[row][k] * right[k][column];
+      }
+    }
+  };
+  ::simt::collective(&mine, together, DF_SIMT_SITE);
+}
+
+__device__ inline void mma_16x8x8_tf32(float* c, const uint32_t* a, const uint32_t* b) {
+  struct Lane {
+    float* c;
+    const uint32_t *a, *b;
+  } mine{c, a, b};
+  const auto together = [](void* const* lanes) {
+    constexpr uint32_t kUsed = 0xffffe000u;  // the tensor core ignores the other bits
+    float left[16][8], right[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const Lane& l = *static_cast<const Lane*>(lanes[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i) left[g + i % 2 * 8][t + i / 2 * 4] = bits_float(l.a[i] & kUsed);
+      for (int i = 0; i < 2; ++i) right[t + 4 * i][g] = bits_float(l.b[i] & kUsed);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      float* const out = static_cast<const Lane*>(lanes[lane])->c;
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 8; ++k) out[i] += left[row][k] * right[k][column];
       }
     }
   };
@@ -108,6 +136,12 @@ __device__ __forceinline__ void mma_16x8x16(float* c, const uint32_t* a, const u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+__device__ __forceinline__ void mma_16x8x8_tf32(float* c, const uint32_t* a, const uint32_t* b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Four 8x8 matrices of 16-bit elements; lanes 8i ... 8i + 7 give the rows of the i-th (16 bytes each, aligned).
 template <bool kTranspose>
 __device__ __forceinline__ void load_matrices(uint32_t* out, const void* row) {
@@ -138,6 +172,12 @@ __device__ __forceinline__ void copy_async_wait() {
 }
 
 #endif
+
+// x = high + low up to 2^-22 |x|, both tf32. Three products of parts (all but low * low) make a product of float32.
+__device__ __forceinline__ void split_tf32(uint32_t& high, uint32_t& low, float x) {
+  high = float_bits(x) & 0xffffe000u;
+  low = float_bits(x - bits_float(high));
+}
 
 // ---- tiles of 16-bit elements in shared memory, rows of kWidth elements
 
