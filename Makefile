@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 ARGS ?=
 SIMT := OFF
 
-.PHONY: demo test bench lint cuda sanitize build setup clean help
+.PHONY: demo test bench gpu lint cuda sanitize build setup clean help
 
 help:
 	@echo "make demo    train a small system on real data, about 16 minutes; writes runs/demo/report.html"
 	@echo "make test    build everything and run all tests"
 	@echo "make bench   time every op beside its peer"
+	@echo "make gpu     on a machine with an NVIDIA GPU: tests, sanitizers and benchmarks there, under ten minutes"
 	@echo "make lint    ruff and clang-format"
 	@echo "make cuda    compile all CUDA code for sm_80 and sm_90a, without a spilled register (needs nvcc)"
 	@echo "make sanitize  the CUDA kernels on the host executor under ASan and UBSan"
@@ -22,6 +23,10 @@ demo: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks -q --benchmark-disable-gc --benchmark-columns=min,median --benchmark-sort=name $(ARGS)
 
+# With the interpreter that has torch, without a network:   make gpu PYTHON=python3
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
 test: SIMT := ON# the CUDA kernels on the host executor, csrc/simt/
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
@@ -29,7 +34,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 cuda: setup
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The Python side of every op on CUDA tensors, without a GPU: fake tensors know shapes, strides, dtypes and devices.
 
-A tensor that stays on the CPU, a value read back to the host (which a CUDA graph cannot record) and a fake that disagrees
-with the real allocation are errors here.
+A tensor that stays on the CPU, a value read back to the host (which a CUDA graph cannot record) and a fake that
+disagrees with the real allocation are errors here.
 """
 
 from __future__ import annotations
