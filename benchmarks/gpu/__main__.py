@@ -59,10 +59,15 @@ def main() -> int:
     report["machine"] = machine(options.device)
     if "table" in steps:
         print("== table", flush=True)
-        from .table import run, show
+        from dalle_fast.bench.table import failures, run, show
+        from dalle_fast.bench.timing import Timer
 
-        report["table"] = run(options.device, options.small, re.compile(options.only), TABLE_SECONDS)
-        if any("failed" in row or row["error"] > row["bound"] for row in report["table"]["rows"]):
+        from .rows import all_rows
+
+        timer = Timer(options.device, budget=1.0 if options.small else 3.0)
+        rows = all_rows(options.device, options.small)
+        report["table"] = run(rows, timer, only=options.only, seconds=TABLE_SECONDS)
+        if failures(report["table"]):
             failed.append("table")
     report["seconds"] = round(time.monotonic() - started, 1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +79,7 @@ def main() -> int:
         if step != "table":
             print(f"{step}: {'ok' if report[step]['ok'] else 'FAILED'}; {report[step]['summary']}")
     if "table" in steps:
-        show(report["table"])
+        print(show(report["table"]))
     return 1 if failed else 0
 
 

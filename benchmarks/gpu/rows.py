@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""The table: each op at the paper's sizes, its peers called their best way, a check against float64, and its floor.
+"""Each op at the paper's sizes on a GPU, its peers called their best way, a check against float64, and its floor.
 
-A peer is made by a function that returns the callable to time, so that one which is missing or fails is reported by its
-reason and the rest goes on. With `small` the same rows run anywhere in seconds, to test the table itself.
+With `small` the same rows run anywhere in seconds, to test the table itself.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
+from dalle_fast.bench.rows import Call, Row, relative, size_of
 from dalle_fast.ops import (
     AttentionPattern,
     decode_attention,
@@ -29,38 +28,6 @@ from dalle_fast.ops import (
 from dalle_fast.ops.decode_attention.reference import decode_attention_reference
 from dalle_fast.ops.sparse_attention.reference import sparse_attention_reference
 from dalle_fast.optim import AdamW16
-
-Call = Callable[[], object]
-
-
-@dataclass
-class Row:
-    """One line of the table, its tensors made."""
-
-    name: str
-    ours: Call
-    error: Callable[[], float]
-    """||ours - float64|| / ||float64|| on a part of the result."""
-    bound: float
-    """What `error` may be."""
-    bytes: int
-    """Each input read once, each output written once."""
-    flops: int = 0
-    """Of the matrix products, exact pairs only."""
-    peers: dict[str, Callable[[], Call]] = field(default_factory=dict)
-    graph: bool = False
-    """Whether users would replay it from a CUDA graph."""
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64."""
-    actual, expected = actual.detach().double(), expected.detach().double()
-    return float(torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected))
-
-
-def size_of(*tensors: torch.Tensor) -> int:
-    """Bytes of all of them."""
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def module(name: str):
@@ -470,7 +437,7 @@ def _minifloat_rows(device: str, small: bool) -> Iterator[Row]:
     yield Row("minifloat_decode 1-6-9", lambda: minifloat_decode(code, "1-6-9"), error, 1e-3, 6 * x.numel())
 
 
-def all_rows(device: str, small: bool) -> Iterator[Row]:
+def all_rows(device: str, small: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Every row; each is made when its turn comes, so that memory is that of one."""
     for make in (
         _sparse_rows,
@@ -482,4 +449,5 @@ def all_rows(device: str, small: bool) -> Iterator[Row]:
         _adamw_rows,
         _minifloat_rows,
     ):
-        yield from make(device, small)
+        for row in make(device, small):
+            yield row.name, lambda row=row: row

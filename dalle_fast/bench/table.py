@@ -7,13 +7,13 @@ import math
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from .rows import Row, all_rows
-from .timing import Timer, roofs
+from .rows import Row
+from .timing import ROOFS, Timer, roofs
 
 PEER_SECONDS = 45  # for making a peer (a compiler may be at work) and its first call
 
@@ -38,24 +38,51 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run(device: str, small: bool, only: re.Pattern[str], seconds: float) -> dict:
-    """Every row whose name matches `only`; rows that begin after `seconds` are timed without their peers."""
+def run(
+    rows: Iterable[tuple[str, Callable[[], Row]]],
+    timer: Timer,
+    *,
+    only: str = "",
+    peers: str = "",
+    seconds: float = math.inf,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Checks and times rows.
+
+    Args:
+        rows: (name, maker): a row's tensors live while it is measured.
+        timer: of the device the rows are on.
+        only: rows whose name matches this pattern.
+        peers: peers whose name matches this pattern.
+        seconds: rows that begin later are timed without their peers.
+        say: gets a line for each row as it is done.
+
+    Returns:
+        {"roofs": ..., "rows": [...]}, plain values for JSON.
+    """
     torch.manual_seed(0)
-    timer = Timer(device, budget=1.0 if small else 3.0)
     roof = roofs(timer)
     deadline = time.monotonic() + seconds
-    rows = []
-    for row in all_rows(device, small):
-        if only.search(row.name):
-            rows.append(_one(row, timer, roof, deadline))
-            print(line(rows[-1]), flush=True)
-        if device == "cuda":
+    results = []
+    for name, make in rows:
+        if not re.search(only, name):
+            continue
+        results.append(measure(make(), timer, roof, peers=peers, deadline=deadline))
+        say(line(results[-1]))
+        if timer.device == "cuda":
             torch.cuda.empty_cache()
-    return {"roofs": roof, "rows": rows}
+    return {"roofs": roof, "rows": results}
 
 
-def _one(row: Row, timer: Timer, roof: dict[str, float], deadline: float) -> dict:
-    floor = max(row.bytes / roof["copy_bytes_per_second"], row.flops / roof["bf16_flop_per_second"])
+def failures(table: dict) -> list[str]:
+    """Rows that failed or are wrong."""
+    return [line(row) for row in table["rows"] if "failed" in row or not row["error"] <= row["bound"]]
+
+
+def measure(row: Row, timer: Timer, roof: dict[str, float], *, peers: str = "", deadline: float = math.inf) -> dict:
+    """One row as plain values: error, floor, medians, ratios (above 1 we are faster) and why a peer did not run."""
+    rate = roof.get(f"{str(row.flop_dtype)[6:]}_flop_per_second", roof["float32_flop_per_second"])
+    floor = max(row.bytes / roof["copy_bytes_per_second"], row.flops / rate)
     result: dict = {"name": row.name, "bytes": row.bytes, "flops": row.flops, "floor_ms": floor * 1e3,
                     "bound": row.bound, "error": math.inf, "peers": {}}  # fmt: skip
     try:
@@ -68,6 +95,8 @@ def _one(row: Row, timer: Timer, roof: dict[str, float], deadline: float) -> dic
         return result
     functions: dict[str, Callable[[], object]] = {"ours": row.ours}
     for name, make in row.peers.items():
+        if not re.search(peers, name):
+            continue
         result["peers"][name] = _ready(make, timer, deadline)
         if callable(result["peers"][name]):
             functions[name] = result["peers"].pop(name)
@@ -108,12 +137,11 @@ def line(row: dict) -> str:
     return f"{row['median_ms']:9.3f} ms  {row['share']:5.0%} of floor  {against}  {row['name']}{wrong}"
 
 
-def show(table: dict) -> None:
+def show(table: dict) -> str:
     """The short table: median, share of the floor, ratio to the best peer."""
-    copy, product = table["roofs"].values()
-    print(
-        f"copy {copy / 1e12:.2f} TB/s, bf16 products {product / 1e12:.0f} TFLOP/s; the floor of a row is the larger of "
-        "its bytes and its products at these rates"
-    )
-    for row in table["rows"]:
-        print(line(row))
+    copy, single, half = (table["roofs"][name] / 1e9 for name in ROOFS)
+    lines = [
+        f"copy {copy:.0f} GB/s, products {single:.0f} (float32) and {half:.0f} GFLOP/s (bfloat16);",
+        "the floor of a row is the larger of its bytes and its products at these rates; a ratio above 1: we are faster",
+    ]
+    return "\n".join([*lines, *map(line, table["rows"])])
