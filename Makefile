@@ -21,7 +21,8 @@ demo: setup
 	$(BIN)/dalle-fast demo $(ARGS)
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks -q --benchmark-disable-gc --benchmark-columns=min,median --benchmark-sort=name $(ARGS)
+	$(BIN)/python -m pytest benchmarks -q --timeout 600 --benchmark-disable-gc --benchmark-columns=min,median \
+	  --benchmark-sort=name --results benchmarks/results $(ARGS)
 
 # With the interpreter that has torch, without a network:   make gpu PYTHON=python3
 gpu:

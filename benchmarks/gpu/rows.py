@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from dalle_fast.bench.optimizers import adamw_row
 from dalle_fast.bench.rows import Call, Row, relative, size_of
 from dalle_fast.ops import (
     AttentionPattern,
@@ -27,7 +28,6 @@ from dalle_fast.ops import (
 )
 from dalle_fast.ops.decode_attention.reference import decode_attention_reference
 from dalle_fast.ops.sparse_attention.reference import sparse_attention_reference
-from dalle_fast.optim import AdamW16
 
 
 def module(name: str):
@@ -384,43 +384,8 @@ def _powersgd_rows(device: str, small: bool) -> Iterator[Row]:
 
 def _adamw_rows(device: str, small: bool) -> Iterator[Row]:
     count, size = (4, 1 << 8) if small else (64, 1 << 22)
-    elements = count * size
-
-    def parameters():
-        made = [torch.nn.Parameter(torch.randn(size, device=device)) for _ in range(count)]
-        for p in made:
-            p.grad = torch.randn(size, device=device) * 1e-2
-        return made
-
-    def error():
-        ours, exact = parameters()[:1], parameters()[:1]
-        exact[0].data.copy_(ours[0].data)
-        exact[0].grad = ours[0].grad.clone()
-        before = ours[0].detach().clone()
-        AdamW16(ours, lr=1e-2).step()
-        torch.optim.AdamW(exact, lr=1e-2, betas=(0.9, 0.96), weight_decay=4.5e-2).step()
-        return relative(ours[0].detach() - before, exact[0].detach() - before)
-
     for ema in (False, True):
-        ours = AdamW16(parameters(), ema_decay=0.99 if ema else None)
-
-        def fused(ema=ema):
-            params = parameters()
-            optimizer = torch.optim.AdamW(params, fused=True)
-            averages = [p.detach().clone() for p in params]
-
-            def run():
-                optimizer.step()
-                if ema:
-                    torch._foreach_lerp_(averages, [p.detach() for p in params], 0.01)
-
-            return run
-
-        name = "torch AdamW(fused=True)" + (" + _foreach_lerp_" if ema else "")
-        yield Row(
-            f"AdamW16{' with EMA' if ema else ''} {elements >> 20}M", ours.step, error, 1e-4,
-            elements * (28 if ema else 20), 0, {name: fused},
-        )  # fmt: skip
+        yield adamw_row(f"{count} x {size}", [(size,)] * count, ema=ema, device=device)
 
 
 def _minifloat_rows(device: str, small: bool) -> Iterator[Row]:
