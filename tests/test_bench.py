@@ -143,6 +143,15 @@ def test_training_steps_compute_what_the_plain_model_does(make):
         assert relative(peer()(), tiny.ours()) < (0.2 if make is dvae_row else 0.02)  # its noise is another
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_joint_vocabulary_computes_the_same_loss_gradients(dtype):
+    tiny = bench.vocabulary_row(dtype, text=(6, 20), image=(10, 12), width=8)
+    assert tiny.error() <= tiny.bound
+    for peer in tiny.peers.values():
+        for a, b in zip(peer()(), tiny.ours(), strict=True):
+            assert relative(a, b) < tiny.bound
+
+
 def test_relative_error():
     x = torch.tensor([3.0, float("nan"), 4.0])
     assert relative(x, x) == 0.0

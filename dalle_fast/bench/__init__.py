@@ -11,11 +11,13 @@ from .rows import Row, room_rows
 from .steps import step_rows
 from .table import failures, line, measure, run, show
 from .timing import Timer, Timing, roofs
+from .vocabularies import vocabulary_row, vocabulary_rows
 
 
 def all_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(name, maker) of everything that is timed on a CPU: the rooms' benchmarks, the optimizer, training steps."""
+    """(name, maker) of everything that is timed on a CPU: the rooms' benchmarks, losses, optimizer, training steps."""
     yield from room_rows()
+    yield from vocabulary_rows()
     yield from optimizer_rows()
     yield from step_rows()
 
@@ -43,4 +45,6 @@ __all__ = [
     "save",
     "show",
     "step_rows",
+    "vocabulary_row",
+    "vocabulary_rows",
 ]
