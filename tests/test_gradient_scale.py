@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from functools import lru_cache
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tiny import DALLE as TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dalle_fast.models import DALLE, DALLEConfig
+from benchmarks.gradient_scale import NUM_LAYERS, NUM_UPDATES, VOCAB_SIZE, survey, train
+from dalle_fast.models import DALLE
 from dalle_fast.nn import Linear, scaled_branch
 from dalle_fast.optim import ResblockGradScaler
 from dalle_fast.optim.gradient_scale_reference import ResblockScaleReference
@@ -72,7 +73,7 @@ def test_scales_follow_the_paper_under_any_overflows(num_replicas, start, stretc
         )
     assert ((num_replicas * 2.0**7 <= scaler.scales) & (scaler.scales <= num_replicas * 2.0**24)).all()
     for updates in divided:
-        assert all(b - a >= 125 for a, b in zip(updates, updates[1:]))
+        assert all(b - a >= 125 for a, b in itertools.pairwise(updates))
 
 
 def test_the_published_constants():
@@ -292,9 +293,7 @@ def _sharded(rank: int, file: str) -> None:
         if isinstance(module, FSDPModule):  # sums: the loss is divided by the global batch
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    scaler = ResblockGradScaler(
-        model.resblock_parameters(), 2, lambda flags: dist.all_reduce(flags, dist.ReduceOp.MAX)
-    )
+    scaler = ResblockGradScaler(model.resblock_parameters(), 2, lambda flags: dist.all_reduce(flags, dist.ReduceOp.MAX))
     model.set_gradient_scales(scaler.scales)
     text, image = (t[rank : rank + 1] for t in data())
     (model.loss(text, image).loss / 2).backward()
@@ -326,111 +325,27 @@ def test_sharded_parameters_share_their_flags(tmp_path):
 
 
 # ---- a network that no single scale can train
-#
-# Thin layers, each with an exit to one head. Layer i is to say token + i, so that each has work of its own, and the
-# losses of the exits are weighted by falling powers of two: gradients fall by 2^41 from the first resblock to the last.
-
-VOCAB, LAYERS, UPDATES, PEAK_RATE = 8, 5, 200, 6e-3
-EXIT_WEIGHTS = torch.tensor([2.0 ** (9.5 - 10.2 * i) for i in range(LAYERS)])
-
-
-def falling() -> DALLE:
-    torch.manual_seed(0)
-    return DALLE(
-        DALLEConfig(width=32, num_layers=LAYERS, num_heads=2, head_dim=16, text_vocab_size=VOCAB, text_len=8,
-                    image_vocab_size=VOCAB, grid=(4, 4), kernel=3)  # fmt: skip
-    )
-
-
-def exit_losses(model: DALLE, step: int) -> torch.Tensor:
-    text = torch.randint(VOCAB, (16, 8), generator=torch.Generator().manual_seed(step))
-    image = torch.cat((text, text.flip(1)), dim=1)
-    x = torch.cat((model.embed_text(text), model.embed_image(image)), dim=1)
-    losses = []
-    for i, block in enumerate(model.blocks):
-        x = block(x)
-        logits = model.image_logits(model.norm(x[:, 8:]))
-        losses.append(F.cross_entropy(logits.flatten(0, 1), ((image + i) % VOCAB).flatten()))
-    return torch.stack(losses)
-
-
-def matrices(resblock: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    return [p.grad for p in resblock if p.dim() == 2]
-
-
-def gradients_at(scale: float | None) -> list[list[torch.Tensor]]:
-    """Gradients of the matrices of each resblock, still with the scale."""
-    model = falling()
-    if scale is not None:
-        model.set_gradient_scales(torch.full((2 * LAYERS,), scale))
-    (exit_losses(model, 0) * EXIT_WEIGHTS).sum().backward()
-    return [matrices(resblock) for resblock in model.resblock_parameters()]
-
-
-def settled() -> list[int]:
-    """Scales 2^4 below overflow, where growth takes them in some thousand updates."""
-    largest = [max(g.abs().max() for g in grads) for grads in gradients_at(None)]
-    return [min(max(round(1000 * (12 - math.log2(g))), 7000), 24000) for g in largest]
-
-
-@lru_cache
-def train(precision: str, updates: int = UPDATES) -> tuple[float, int]:
-    """(loss of the last exit, skipped updates) after training with "fp32", "resblock" scales, or one scale "2^k"."""
-    model = falling()
-    before = [p.detach().clone() for p in model.blocks[-1].parameters()]
-    scaler = ResblockGradScaler(model.resblock_parameters())
-    scaler.load_state_dict({"exponents": settled(), "cooldown": [0] * 2 * LAYERS})
-    if precision == "resblock":
-        model.set_gradient_scales(scaler.scales)
-    elif precision != "fp32":
-        one = 2.0 ** int(precision[2:])
-        scaler.scales.fill_(one)
-        scaler.inverse_scales.fill_(1 / one)
-        model.set_gradient_scales(scaler.scales)
-    used = [p for name, p in model.named_parameters() if "text_head" not in name]
-    optimizer = torch.optim.AdamW(used, betas=(0.9, 0.96), eps=1e-30, weight_decay=0.0)
-    skipped, last = 0, []
-    for step in range(updates):
-        optimizer.param_groups[0]["lr"] = PEAK_RATE * min(1, (step + 1) / 20, 3 * (1 - step / UPDATES))
-        losses = exit_losses(model, step)
-        (losses * EXIT_WEIGHTS).sum().backward()
-        if precision != "fp32":
-            scaler.unscale_()
-        if all(p.grad.isfinite().all() for p in used):
-            optimizer.step()
-        else:
-            skipped += 1
-        if precision == "resblock":
-            scaler.update()
-        optimizer.zero_grad()
-        last.append(losses[-1].item())
-    assert precision == "fp32" or any(
-        not torch.equal(p, q) for p, q in zip(before, model.blocks[-1].parameters(), strict=True)
-    ) == (precision == "resblock")
-    return sum(last[-10:]) / 10, skipped
 
 
 def test_no_single_scale_keeps_all_gradients():
     for k in range(25):
-        scaled = gradients_at(2.0**k)
-        overflowed = [i for i, grads in enumerate(scaled) if not all(g.isfinite().all() for g in grads)]
-        vanished = [i for i, grads in enumerate(scaled) if not any(g.any() for g in grads)]
+        overflowed, vanished = survey(2.0**k)
         assert overflowed or vanished, f"2^{k}"
         assert not overflowed or overflowed[0] <= 1
-        assert not vanished or vanished[-1] == 2 * LAYERS - 1
+        assert not vanished or vanished[-1] == 2 * NUM_LAYERS - 1
 
 
 def test_scales_for_each_resblock_train_to_the_loss_of_float32():
-    full, _ = train("fp32")
+    full, _ = train("float32")
     scaled, skipped = train("resblock")
     assert full < 0.5  # of ln 8 = 2.08
-    assert scaled == pytest.approx(full, abs=0.05)  # nats; the last exit has a weight of 2^-31
-    assert skipped <= UPDATES // 20
+    assert scaled == pytest.approx(full, abs=0.05)  # nats
+    assert skipped <= NUM_UPDATES // 20
 
 
 def test_one_scale_does_not():
-    loss, skipped = train("2^8")  # nothing overflows, and the last layer never moves
+    loss, skipped = train("2^8")  # nothing overflows, and the last layers see no gradient
     assert skipped == 0
-    assert loss > math.log(VOCAB)
-    _, skipped = train("2^18", 20)  # the smallest at which the last layer's matrices have gradients: the first overflow
+    assert loss > math.log(VOCAB_SIZE)
+    _, skipped = train("2^18", 20)  # matrices of the last layer have gradients
     assert skipped == 20

@@ -134,8 +134,7 @@ def recommend_constant(counts: Sequence[int], first: int, fmt: str, *, headroom:
     top = first + int(counts.nonzero()[0][-1])
     below = counts.cumsum() / counts.sum()  # share up to each bin
     bottom = first + int((below > 1e-3).argmax())
-    highest, lowest = largest - headroom - top, smallest - bottom
-    exponent = (highest + lowest) // 2 if lowest <= highest else highest
+    exponent = min((largest - top + smallest - bottom) // 2, largest - headroom - top)
     lost = counts[: max(smallest - exponent - first, 0)].sum() / counts.sum()
     return Constant(exponent, largest - exponent - top, float(lost))
 
