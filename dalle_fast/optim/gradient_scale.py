@@ -77,7 +77,7 @@ class ResblockGradScaler:
         self.inverse_scales = torch.empty_like(self.scales)  # [N]
         """What gradients are multiplied by; for who unscales on the way, as `powersgd_project` does."""
         self.flags = torch.zeros_like(self.scales)  # [N]
-        """float32 [N]: 1 where `unscale_` met a gradient that is not finite."""
+        """float32 [N]: 1 where `unscale_` met a gradient that is not finite; who unscales on the way adds to it."""
         self.lowered = torch.zeros((), dtype=torch.bool, device=device)
         """Whether the last `update` made any scale smaller."""
         self._set_scales()

@@ -72,11 +72,9 @@ class GradientHistograms:
 
     def take(self) -> dict[str, Any]:
         """JSON values of a line of metrics.jsonl; call it while the unscaled gradients are there."""
-        parameters = [
-            sum(count_exponents(p.grad) for p in resblock if p.dim() == 2 and p.grad is not None)
-            for resblock in self.model.resblock_parameters()
-        ]
-        activations = [self._activations[i] for i in sorted(self._activations)]
+        matrices = [[p.grad for p in resblock if p.dim() == 2] for resblock in self.model.resblock_parameters()]
+        parameters = [torch.stack([count_exponents(grad) for grad in grads]).sum(0) for grads in matrices]
+        activations = [self._activations[i] for i in range(len(matrices))]
         line = {"histograms": {"activations": _pack(activations), "parameters": _pack(parameters)}}
         if self.scaler is not None:
             line["log2_scales"] = [round(s, 3) for s in self.scaler.scales.log2().tolist()]
