@@ -21,6 +21,7 @@ _EPILOG = """commands:
   complete   keep the top of a picture, draw the rest
   evaluate   numbers and a report about a trained system
   bench      every op and training step beside its peers
+  histograms exponents of a run's gradients: constants for 16-bit formats, and the plot
   doctor     what is installed, what is missing, what to do
 
 dalle-fast <command> --help says more."""
@@ -73,6 +74,7 @@ def _train(args: list[str]) -> None:
     parser.add_argument("--run")
     parser.add_argument("--data")
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--log-histograms", type=int)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
@@ -100,6 +102,9 @@ def _train(args: list[str]) -> None:
     config = tyro.cli(config_cls, default=start, args=rest, prog=f"dalle-fast train {arguments.stage}")
     if arguments.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=arguments.data))
+    if arguments.log_histograms is not None:
+        loop = dataclasses.replace(config.loop, log_histograms=arguments.log_histograms)
+        config = dataclasses.replace(config, loop=loop)
     if arguments.dry_run:
         from .estimate import estimate
 
@@ -119,6 +124,7 @@ _TRAIN_HELP = """usage: dalle-fast train {dvae,clip,dalle} --run FOLDER [options
   --config FILE     a TOML file, such as the config.toml of another run, in place of a preset
   --data SOURCE     emoji, shapes, a folder of pictures with .txt captions, or a .tar
   --minutes M       stretch or shrink the run to about M minutes on this machine
+  --log-histograms N  every N updates, exponents of the gradients by resblock and the scales: gradients.png (dalle)
   --dry-run         print parameters, FLOPs and memory, and stop
   --fresh           refuse a folder that holds a run already
 
@@ -266,6 +272,18 @@ def _bench(args: list[str]) -> None:
         raise bench.BenchError("\n".join(["these rows are wrong or have lost:", *wrong]))
 
 
+def _histograms(args: list[str]) -> None:
+    parser = _parser("histograms", "What a run with --log-histograms counted: constants for 16-bit formats, a plot.")
+    parser.add_argument("--run", required=True, help="run folder of a transformer")
+    arguments = parser.parse_args(args)
+    from .train.histograms import describe, plot_gradients
+
+    metrics, picture = Path(arguments.run) / "metrics.jsonl", Path(arguments.run) / "gradients.png"
+    print(describe(metrics))
+    plot_gradients(metrics, picture)
+    print(f"plot: {picture}")
+
+
 def _doctor(args: list[str]) -> None:
     parser = _parser("doctor", "What is installed, what is missing, what to do.")
     parser.add_argument("--json", action="store_true", help="for bug reports")
@@ -283,6 +301,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "complete": _complete,
     "evaluate": _evaluate,
     "bench": _bench,
+    "histograms": _histograms,
     "doctor": _doctor,
 }
 

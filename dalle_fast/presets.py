@@ -74,7 +74,15 @@ def _small_dalle(source: str) -> DALLETrainConfig:
 def _paper(kind: str, size: str = "12b") -> Any:
     if kind == "dvae":
         return DVAETrainConfig(loop=LoopConfig(steps=3_000_000, batch_size=512))
-    loop = LoopConfig(steps=430_000, batch_size=1024, clip_norm=4.0, ema_decay=0.99, ema_every=25, checkpointing=True)
+    loop = LoopConfig(
+        steps=430_000,
+        batch_size=1024,
+        precision="fp16-resblock",
+        clip_norm=4.0,
+        ema_decay=0.99,
+        ema_every=25,
+        checkpointing=True,
+    )
     return DALLETrainConfig(loop=loop, model=paper_dalle(size))
 
 

@@ -69,6 +69,7 @@ def test_the_papers_recipe():
     dalle = preset("dalle", "paper-12b")
     assert (dalle.loop.steps, dalle.loop.batch_size, dalle.loop.clip_norm) == (430_000, 1024, 4.0)
     assert (dalle.loop.ema_decay, dalle.loop.ema_every, dalle.loop.checkpointing) == (0.99, 25, True)
+    assert dalle.loop.precision == "fp16-resblock"
     assert (dalle.learning_rate, dalle.warmup_steps, dalle.schedule) == (4.5e-4, 5_000, "plateau")
     assert (dalle.betas, dalle.weight_decay, dalle.bpe_dropout) == ((0.9, 0.96), 4.5e-2, 0.1)
     assert (dalle.optimizer, dalle.data.augment, dalle.model.dropout) == ("adamw16", "stage2", 0.0)

@@ -28,6 +28,7 @@ CONFIGS = {
     "dvae": lambda steps, **changes: dvae_config(steps, **changes),
     "clip": lambda steps, **changes: clip_config(steps, **changes),
     "dalle": lambda steps, **changes: dalle_config(steps, **changes),
+    "dalle_fp16": lambda steps, **changes: dalle_config(steps, precision="fp16-resblock", log_histograms=4, **changes),
     "dalle_adamw": lambda steps, **changes: dalle_config(steps, optimizer="adamw", schedule="cosine", **changes),
 }
 
@@ -156,6 +157,56 @@ def test_updates_without_finite_gradients_are_skipped_then_stop_the_run(tmp_path
     assert [line["step"] for line in lines if line.get("skipped")] == [4, 9, 13, 14, 15]
     tensors = store.read_tensors(store.find_latest(tmp_path) / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in tensors.values())
+
+
+def test_scales_train_to_the_loss_of_float32(tmp_path, dvae):
+    results = []
+    for precision in ("fp32", "fp16-resblock"):
+        config = dataclasses.replace(dalle_config(40, precision=precision), dvae=str(dvae), learning_rate=3e-3)
+        results.append(run(config, tmp_path / precision, quiet=True).metrics)
+    assert results[0]["loss"] < 1.5
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-3)
+    assert results[1]["eval/heldout_image_loss"] == pytest.approx(results[0]["eval/heldout_image_loss"], rel=1e-3)
+
+
+def test_an_overflow_skips_the_update_and_lowers_a_scale(tmp_path, dvae):
+    config = configured("dalle_fp16", 4, dvae, max_skipped=3)
+    loop = Loop(build(config, tmp_path), tmp_path, quiet=True)
+    state = loop.scaler.state_dict()
+    loop.scaler.load_state_dict({**state, "exponents": [13000, 24000] + state["exponents"][2:]})
+    before = [p.detach().clone() for p in loop.parameters]
+    recipe_loss = loop.recipe.loss
+    loop.recipe.loss = lambda *arguments: (recipe_loss(*arguments)[0] * 2**4, {})
+    loop.update()
+    assert loop.scaler.state_dict()["exponents"] == [13001, 23500] + [13001] * 4
+    assert all(torch.equal(p, q) for p, q in zip(before, loop.parameters, strict=True))
+    assert (loop.window.skipped, loop.skipped_in_a_row) == (1, 1)
+    loop.update()  # within the window: skipped, not lowered
+    assert loop.scaler.state_dict()["exponents"][1] == 23500
+    assert loop.skipped_in_a_row == 2
+    for _ in range(3 + 125 - 2):
+        loop._skip()
+    loop.scaler.lowered.fill_(True)  # there is hope
+    loop._skip()
+    assert loop.skipped_in_a_row == 1
+    loop.scaler.lowered.fill_(False)
+    with pytest.raises(TrainingError, match="129 updates in a row had gradients that are not finite"):
+        for _ in range(200):
+            loop._skip()
+
+
+def test_checkpoints_from_before_there_were_scales_load(tmp_path, dvae):
+    config = configured("dalle", 4, dvae)
+    run(config, tmp_path, quiet=True)
+    folder = store.find_latest(tmp_path)
+    files = {path.name: path for path in folder.iterdir() if path.name != "manifest.json"}
+    state = json.loads(files["state.json"].read_text())
+    assert state.pop("gradient_scales") is None
+    old = {name: store.read_tensors(path) for name, path in files.items() if path.suffix == ".safetensors"}
+    old |= {name: json.loads(path.read_text()) for name, path in files.items() if path.suffix == ".json"}
+    store.save_snapshot(tmp_path / "checkpoints", "step-00000005", {**old, "state.json": {**state, "step": 5}})
+    longer = dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=6))
+    assert run(longer, tmp_path, quiet=True).step == 6
 
 
 def test_sigterm_saves_and_the_run_goes_on(tmp_path):

@@ -148,6 +148,26 @@ class DALLE(nn.Module):
         for block in self.blocks:
             block.checkpointing = on
 
+    def resblock_parameters(self) -> list[list[nn.Parameter]]:
+        """Parameters of each of the 2 * num_layers resblocks, attention and MLP in turn."""
+        return [parameters for block in self.blocks for parameters in block.resblock_parameters()]
+
+    def set_gradient_scales(self, scales: torch.Tensor | None) -> None:
+        """Branches of `forward` in float16, gradients of resblock i times scales[i] (appendix D); None: no scales.
+
+        Args:
+            scales: float32 [2 * num_layers], kept by reference; `ResblockGradScaler.scales`.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        if scales is not None and (scales.shape != (2 * len(self.blocks),) or scales.dtype != torch.float32):
+            raise ValueError(
+                f"scales: expected float32 [{2 * len(self.blocks)}], got {scales.dtype} {list(scales.shape)}"
+            )
+        for i, block in enumerate(self.blocks):
+            block.gradient_scales = None if scales is None else scales[2 * i : 2 * i + 2]
+
     # ---- embeddings
 
     def _check_text(self, text: torch.Tensor) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 from .dvae import Conv2d, DecoderBlock, EncoderBlock
 from .losses import categorical_kl, logit_laplace_nll, map_pixels, unmap_pixels
-from .precision import full_precision
+from .precision import Linear, full_precision, scaled_branch
 from .transformer import TransformerBlock
 
 __all__ = [
     "Conv2d",
     "DecoderBlock",
     "EncoderBlock",
+    "Linear",
     "TransformerBlock",
     "categorical_kl",
     "full_precision",
     "logit_laplace_nll",
     "map_pixels",
+    "scaled_branch",
     "unmap_pixels",
 ]

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import AttentionPattern, decode_attention, sparse_attention
+from .precision import Linear, scaled_branch
 
 
 class SparseSelfAttention(nn.Module):
@@ -19,8 +23,8 @@ class SparseSelfAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.pattern = pattern
-        self.qkv = nn.Linear(width, 3 * num_heads * head_dim)
-        self.out = nn.Linear(num_heads * head_dim, width)
+        self.qkv = Linear(width, 3 * num_heads * head_dim)
+        self.out = Linear(num_heads * head_dim, width)
 
     def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         packed = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, L, 3, H, D]
@@ -40,7 +44,11 @@ class SparseSelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """An attention resblock and an MLP resblock; each recomputed in the backward pass when `checkpointing`."""
+    """An attention resblock and an MLP resblock; each recomputed in the backward pass when `checkpointing`.
+
+    With `gradient_scales`, a float32 tensor [2], the branches of `forward` run in float16 (`scaled_branch`);
+    `on_gradient(i, g)` is given the gradient of resblock i's output in the backward pass.
+    """
 
     def __init__(
         self, width: int, num_heads: int, head_dim: int, pattern: AttentionPattern, dropout: float = 0.0
@@ -50,9 +58,11 @@ class TransformerBlock(nn.Module):
         self.norm_attention = nn.LayerNorm(width)
         self.attention = SparseSelfAttention(width, num_heads, head_dim, pattern)
         self.norm_mlp = nn.LayerNorm(width)
-        self.mlp_in = nn.Linear(width, 4 * width)
-        self.mlp_out = nn.Linear(4 * width, width)
+        self.mlp_in = Linear(width, 4 * width)
+        self.mlp_out = Linear(4 * width, width)
         self.checkpointing = False
+        self.gradient_scales: torch.Tensor | None = None
+        self.on_gradient: Callable[[int, torch.Tensor], None] | None = None
 
     def initialize(self, std: float, output_std: float) -> None:
         """N(0, std) weights, N(0, output_std) for the two projections back into the identity path, zero biases."""
@@ -61,20 +71,37 @@ class TransformerBlock(nn.Module):
             nn.init.normal_(linear.weight, std=output_std if is_output else std)
             nn.init.zeros_(linear.bias)
 
-    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        branch = self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
-        return F.dropout(branch, self.dropout, self.training)
+    def resblock_parameters(self) -> list[list[nn.Parameter]]:
+        """Those of the attention resblock and of the MLP resblock."""
+        modules = ((self.norm_attention, self.attention), (self.norm_mlp, self.mlp_in, self.mlp_out))
+        return [[p for module in resblock for p in module.parameters()] for resblock in modules]
 
-    def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(self.attention(self.norm_attention(x))[0], self.dropout, self.training)
+    def _attend(self, h: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.attention(h)[0], self.dropout, self.training)
+
+    def _feed_forward(self, h: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.mlp_out(F.gelu(self.mlp_in(h))), self.dropout, self.training)
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return self._feed_forward(self.norm_mlp(x))
+
+    def _resblock(self, index: int, x: torch.Tensor, norm: nn.LayerNorm, branch: Callable) -> torch.Tensor:
+        """x + branch(norm(x))."""
+        scales = self.gradient_scales
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            return branch(norm(x)) if scales is None else scaled_branch(x, norm, branch, scales[index])
+
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        y = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
+        if self.on_gradient is not None and y.requires_grad:
+            y.register_hook(partial(self.on_gradient, index))
+        return x + y
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, L, width] float32 -> the same."""
-        if self.checkpointing and torch.is_grad_enabled():
-            x = x + checkpoint(self._attend, x, use_reentrant=False)
-            return x + checkpoint(self._mlp, x, use_reentrant=False)
-        x = x + self._attend(x)
-        return x + self._mlp(x)
+        x = self._resblock(0, x, self.norm_attention, self._attend)
+        return self._resblock(1, x, self.norm_mlp, self._feed_forward)
 
     def prefill(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `forward`, and the keys and values [B, H, L, D] for a cache."""

@@ -36,6 +36,7 @@ class CLIPTrainConfig:
     """Share of merges that training leaves out."""
 
     def __post_init__(self) -> None:
+        self.loop.refuse_resblocks("clip")
         if self.loop.accumulate != 1:
             raise ConfigError("loop.accumulate: a contrastive loss needs the whole batch at once, expected 1")
         if not 0 <= self.bpe_dropout < 1:

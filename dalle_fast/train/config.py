@@ -56,7 +56,8 @@ class LoopConfig:
     seed: int = 0
     """Decides initial weights, order, augmentation, noise."""
     precision: str = "auto"
-    """"fp32", "bf16" (autocast), or "auto": bf16 where the processor multiplies it fast."""
+    """"fp32", "bf16" (autocast), "auto" (bf16 where the processor multiplies it fast), or "fp16-resblock": the
+    transformer's branches in float16 with a gradient scale for each resblock, as in the paper."""
     device: str = "auto"
     """"auto", "cpu" or "cuda"."""
     checkpointing: bool = False
@@ -69,6 +70,9 @@ class LoopConfig:
     """Updates between averagings."""
     log_every: int = 20
     """Updates between lines of metrics.jsonl."""
+    log_histograms: int = 0
+    """Updates between exponent histograms of the transformer's gradients, in metrics.jsonl and gradients.png; 0 is
+    never."""
     sample_every: int = 500
     """Updates between pictures and held-out losses; 0 is never."""
     save_every: int = 500
@@ -76,23 +80,35 @@ class LoopConfig:
     keep: int = 2
     """Newest checkpoints to keep, at least 2."""
     max_skipped: int = 20
-    """Updates in a row that may be skipped for gradients that are not finite."""
+    """Updates in a row that may be skipped for gradients that are not finite; with fp16-resblock, 125 more, and the
+    count begins anew whenever a scale falls."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "ema_every", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("sample_every", "keep", "max_skipped", "clip_norm", "seed"):
+        for name in ("sample_every", "log_histograms", "keep", "max_skipped", "clip_norm", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate: expected a divisor of batch_size {self.batch_size}, got {self.accumulate}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ConfigError(f"precision: expected auto, fp32 or bf16, got {self.precision!r}")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16-resblock"):
+            raise ConfigError(f"precision: expected auto, fp32, bf16 or fp16-resblock, got {self.precision!r}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device: expected auto, cpu or cuda, got {self.device!r}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
+
+    def refuse_resblocks(self, kind: str) -> None:
+        """For stages without resblocks of a transformer.
+
+        Raises:
+            ConfigError: an option needs them.
+        """
+        if self.precision == "fp16-resblock":
+            raise ConfigError(f"loop.precision: fp16-resblock is for dalle; expected auto, fp32 or bf16 for {kind}")
+        if self.log_histograms:
+            raise ConfigError(f"loop.log_histograms: counts gradients of dalle; expected 0 for {kind}")
 
 
 def with_steps(config: T, steps: int) -> T:

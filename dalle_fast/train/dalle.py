@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ConfigError
 from ..models import DALLE, DVAE, DALLEConfig
 from ..models.store import find_latest, load_model, read_json
 from ..ops import philox
-from ..optim import AdamW16
+from ..optim import AdamW16, ResblockGradScaler
 from ..optim.schedules import PlateauHalving, cosine, warmup_linear
 from ..sample import SampleOptions, contact_sheet, generate_tokens, to_uint8
 from .config import DataConfig, LoopConfig
@@ -99,6 +99,13 @@ class DALLERecipe(Recipe):
         return torch.optim.AdamW(
             groups, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
+
+    def gradient_scaler(self) -> ResblockGradScaler | None:
+        if self.loop.precision != "fp16-resblock":
+            return None
+        scaler = ResblockGradScaler(self.model.resblock_parameters())
+        self.model.set_gradient_scales(scaler.scales)
+        return scaler
 
     def learning_rate(self, step: int) -> float:
         config = self.config

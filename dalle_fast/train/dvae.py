@@ -45,6 +45,7 @@ class DVAETrainConfig:
     """AdamW's moments."""
 
     def __post_init__(self) -> None:
+        self.loop.refuse_resblocks("dvae")
         if not 0 < self.final_tau <= 1:
             raise ConfigError(f"final_tau: expected a number in (0, 1], got {self.final_tau}")
         for name in ("learning_rate", "beta", "weight_decay", "final_learning_rate"):

@@ -28,6 +28,8 @@ from ..models.store import (
     save_snapshot,
     write_atomic,
 )
+from ..optim.gradient_scale import WINDOW
+from .histograms import GradientHistograms, plot_gradients
 from .recipe import Recipe
 from .report import Meter, MetricsLog
 
@@ -71,7 +73,7 @@ class _Window:
 
 
 def precision_of(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" | "fp32" | "bf16" -> dtype of the autocast region (float32: none)."""
+    """ "auto" | "fp32" | "bf16" | "fp16-resblock" -> dtype of the autocast region (float32: none)."""
     if name == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported()
@@ -99,6 +101,9 @@ class Loop:
         self.config = recipe.loop
         self.model = recipe.model
         self.optimizer = recipe.optimizer()
+        self.scaler = recipe.gradient_scaler()
+        self.histograms = GradientHistograms(self.model, self.scaler) if self.config.log_histograms else None
+        self._counted: dict[str, Any] | None = None
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = [p.detach().clone() for p in self.parameters] if self.config.ema_decay else None
         self.dtype = precision_of(self.config.precision, recipe.device)
@@ -120,13 +125,20 @@ class Loop:
         inputs = self.recipe.prepare(step)
         part = config.batch_size // config.accumulate
         totals: dict[str, float] = {}
-        for i in range(config.accumulate):
-            torch.manual_seed((config.seed * 0x9E3779B97F4A7C15 + step * config.accumulate + i) % 2**63)  # for dropout
-            with torch.autocast(self.recipe.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss, metrics = self.recipe.loss(inputs, slice(i * part, (i + 1) * part), step)
-            (loss / config.accumulate).backward()
-            for name, value in {"loss": loss.detach(), **metrics}.items():
-                totals[name] = totals.get(name, 0.0) + float(value) / config.accumulate
+        counting = self.histograms is not None and (step + 1) % config.log_histograms == 0
+        with self.histograms.watch() if counting else contextlib.nullcontext():
+            for i in range(config.accumulate):
+                torch.manual_seed((config.seed * 0x9E3779B97F4A7C15 + step * config.accumulate + i) % 2**63)  # dropout
+                with torch.autocast(self.recipe.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    loss, metrics = self.recipe.loss(inputs, slice(i * part, (i + 1) * part), step)
+                (loss / config.accumulate).backward()
+                for name, value in {"loss": loss.detach(), **metrics}.items():
+                    totals[name] = totals.get(name, 0.0) + float(value) / config.accumulate
+        if self.scaler is not None:  # from here on no gradient carries a scale
+            self.scaler.unscale_()
+        self._counted = self.histograms.take() if counting else None
+        if self.scaler is not None:
+            self.scaler.update()
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         totals["grad_norm"] = float(norm)
@@ -149,9 +161,14 @@ class Loop:
             torch._foreach_lerp_(self.ema, self.parameters, 1 - self.config.ema_decay)
 
     def _skip(self) -> None:
+        limit = self.config.max_skipped
+        if self.scaler is not None:  # overflows go on until the scale may fall, and may fall again
+            limit += WINDOW
+            if self.scaler.lowered:
+                self.skipped_in_a_row = 0
         self.skipped_in_a_row += 1
         self.window.skipped += 1
-        if self.skipped_in_a_row > self.config.max_skipped:
+        if self.skipped_in_a_row > limit:
             keys = ", ".join(self.recipe.batch(self.step).keys[:4])
             raise TrainingError(
                 f"step {self.step}: {self.skipped_in_a_row} updates in a row had gradients that are not finite "
@@ -192,6 +209,7 @@ class Loop:
             "window": vars(self.window),
             "last": self.last,
             "optimizer_groups": groups,
+            "gradient_scales": self.scaler.state_dict() if self.scaler is not None else None,
             "recipe": self.recipe.state_dict(),
             "data": self.recipe.dataset.fingerprint(),
         }
@@ -234,6 +252,8 @@ class Loop:
             self.ema = [_laid_out_as(p, average[name]) for name, p in zip(names, self.parameters, strict=True)]
         file = folder / "optimizer.safetensors"
         _unpack_optimizer(self.optimizer, read_tensors(file) if file.exists() else {}, state["optimizer_groups"])
+        if self.scaler is not None and state.get("gradient_scales"):
+            self.scaler.load_state_dict(state["gradient_scales"])
         self.step = state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.window = _Window(**state["window"])
@@ -278,8 +298,14 @@ class Loop:
                 values = {**self.window.means(), "learning_rate": self.recipe.learning_rate(self.step - 1)}
                 if self.window.skipped:
                     values["skipped"] = self.window.skipped
+                if self.scaler is not None:
+                    low, high = self.scaler.scales.log2().aminmax()
+                    values["log2_scale_min"], values["log2_scale_max"] = float(low), float(high)
                 self.window = _Window()
                 self._write(values, log, meter, board)
+            if self._counted is not None:
+                log.write({"step": self.step, **self._counted})
+                plot_gradients(log.path, self.run_dir / "gradients.png")
             if last or (self.config.sample_every and self.step % self.config.sample_every == 0):
                 self._look(log, meter, board)
             if self._signal or last or self.step % self.config.save_every == 0:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data import PairDataset, load_batch, open_dataset, sample_indices
 from ..errors import DataError
+from ..optim import ResblockGradScaler
 from .config import DataConfig, LoopConfig
 
 
@@ -59,6 +60,10 @@ class Recipe(ABC):
     @abstractmethod
     def optimizer(self) -> torch.optim.Optimizer:
         """A fresh optimizer over the model's parameters."""
+
+    def gradient_scaler(self) -> ResblockGradScaler | None:
+        """Fresh scales that the model's backward pass works with from now on; None: gradients carry no scale."""
+        return None
 
     @abstractmethod
     def learning_rate(self, step: int) -> float:

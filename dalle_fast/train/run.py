@@ -25,7 +25,9 @@ RECIPES: dict[str, tuple[type, type[Recipe]]] = {
     "dalle": (DALLETrainConfig, DALLERecipe),
 }
 # What may change between the sessions of a run without changing what it computes.
-_FREE = {"loop.save_every", "loop.keep", "loop.sample_every", "loop.device", "loop.max_skipped", "dvae"}
+_FREE = {"dvae"} | {
+    f"loop.{name}" for name in ("save_every", "keep", "sample_every", "log_histograms", "device", "max_skipped")
+}
 
 
 def device_of(name: str) -> torch.device:
