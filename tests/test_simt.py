@@ -200,6 +200,11 @@ CONTROLS = {
     "copy_misaligned": "the source of an asynchronous copy is not aligned to 16 bytes",
     "barrier_divergent": "divergent barrier",
     "lane_missing": "a warp waits for a lane that does not come",
+    "cluster_barrier_removed": None,
+    "cluster_block_leaves": None,
+    "cluster_block_has_left": "the shared memory of a block that has returned",
+    "cluster_barrier_divergent": "divergent cluster barrier",
+    "cluster_block_returns": "divergent cluster barrier",
 }
 
 
