@@ -172,16 +172,25 @@ unsigned cluster_of(const Batch& b, std::size_t limit, bool clusters) {
   return 0;
 }
 
+// Of a block; the largest of a launch
+struct Size {
+  int threads;
+  std::size_t bytes;
+};
+Size size_of(const Share& share) { return {share.threads(), sizeof(float) * share.floats()}; }
+
 template <bool kCodes>
-void launch(const Table& table, const Params& p, unsigned cluster, int threads, std::size_t bytes, void* stream) {
+void launch(const Table& table, const Params& p, unsigned cluster, const Size& size, void* stream) {
+  const auto [threads, bytes] = size;
+  const std::size_t limit = dynamic_shared_limit(p.device.index);  // not `bytes`: another thread may launch as well
   if (cluster == 0) {
     allow_dynamic_shared(orthonormalize_in_cache<kCodes>, bytes);
     DF_LAUNCH(orthonormalize_in_cache<kCodes>, table.blocks, kThreads, bytes, stream, table, p.eps);
   } else if (cluster == 1) {
-    allow_dynamic_shared(orthonormalize_on_chip<kCodes, false>, bytes);
+    allow_dynamic_shared(orthonormalize_on_chip<kCodes, false>, limit);
     DF_LAUNCH((orthonormalize_on_chip<kCodes, false>), table.blocks, threads, bytes, stream, table, p.eps);
   } else {
-    allow_dynamic_shared(orthonormalize_on_chip<kCodes, true>, bytes);
+    allow_dynamic_shared(orthonormalize_on_chip<kCodes, true>, limit);
     DF_LAUNCH_CLUSTER((orthonormalize_on_chip<kCodes, true>), table.blocks * cluster, threads, cluster, bytes, stream,
                       table, p.eps);
   }
@@ -193,25 +202,22 @@ void launch_all(const Params& p, void* stream) {
   const bool clusters = has_clusters(p.device.index);
   for (const unsigned cluster : {8u, 4u, 2u, 1u, 0u}) {
     Table table{};
-    int threads = 0;
-    std::size_t bytes = 0;
+    Size size{};
     const auto flush = [&] {
-      if (table.count > 0) launch<kCodes>(table, p, cluster, threads, bytes, stream);
+      if (table.count > 0) launch<kCodes>(table, p, cluster, size, stream);
       table.count = 0;
       table.blocks = 0;
-      threads = 0;
-      bytes = 0;
+      size = {};
     };
     for (int64_t i = 0; i < p.num_batches; ++i) {
       const Batch& b = p.batches[i];
       if (cluster_of(b, limit, clusters) != cluster) continue;
       if (table.full()) flush();
       table.add(b, b.count);
-      const Share share(b, cluster > 0 ? cluster : 1);
-      const std::size_t its_bytes =
-          sizeof(float) * (cluster > 0 ? share.floats() : 2 * static_cast<std::size_t>(b.columns));
-      bytes = its_bytes > bytes ? its_bytes : bytes;
-      threads = share.threads() > threads ? share.threads() : threads;
+      const Size its = cluster > 0 ? size_of(Share(b, cluster))
+                                   : Size{kThreads, sizeof(float) * 2 * static_cast<std::size_t>(b.columns)};
+      size.threads = its.threads > size.threads ? its.threads : size.threads;
+      size.bytes = its.bytes > size.bytes ? its.bytes : size.bytes;
     }
     flush();
   }

@@ -9,14 +9,17 @@
 // of float32 split in two tf32 parts, summed outside the tensor cores, which would truncate. Blocks of a cluster put
 // their sums into each other's memory (columns of a panel) or read them there (W), and add them in the order of ranks.
 //
-// Memory: [rows + 16, columns] floats, the last 16 rows for W, and 3 KiB: 496 x 112 a block fill an H100's 227 KiB to
-// the last byte. Columns are swizzled so that fragments, rows and columns are all read without bank conflicts.
+// Memory: [rows + 16, columns] floats (an odd number of 16 columns), the last 16 rows for W, and 3 KiB: 496 x 112 a
+// block fill an H100's 227 KiB to the last byte. Columns are swizzled so that fragments, rows and columns are all read
+// without bank conflicts. A warp owns 32 rows wherever it can, so that most barriers are a panel's.
 //
-// Cycles for 496 x 112 a block, estimated: 112 columns of about 850 (60 of arithmetic, 200 of shuffles, two barriers
-// and a chain of dependent steps; 500 more with a cluster's barrier and remote stores); twice 158 k elements behind the
-// panels at 0.19 each for both products (tensor cores and shared memory are nearly level); 24 k for loading and storing
-// 444 kB at an SM's share of 4.3 TB/s. In all 180 k, 260 k in a cluster of 4: 0.1 and 0.15 ms at 1.75 GHz. The floors
-// below are 2 x 31 k by tensor cores alone and 24 k by memory.
+// Cycles for 496 x 112 a block, estimated from the instructions (4 a cycle): 112 columns of about 1000 (720 of issue in
+// 16 warps, half of them shuffles and the reflection's divisions, and two barriers' latency); V^T [V A] 42 k, A - V W'
+// 32 k, substitution 8 k; loading, scaling and storing 30 k: 225 k. In a cluster of 4, 500 more a column for its
+// barrier and the remote stores and 2 k more a panel, twice, for reading W: 310 k. At 1.75 GHz 0.13 and 0.18 ms, so
+// that 256 matrices of 496 x 112 and 128 of 1984 x 112 take two and four waves on 132 multiprocessors, about 1 ms.
+// Floors of the former: 36 k by the tensor cores' full rate (three tf32 products), 24 k by memory (444 kB at a
+// multiprocessor's share of 4.3 TB/s).
 #pragma once
 
 #include <utility>
@@ -38,12 +41,14 @@ constexpr int kTotals = 2 * kPanel;  // inner products of a column with its pane
 
 // What a block of a cluster holds: multiples of 16, zeros where the matrix has nothing.
 struct Share {
-  int rows, columns;
+  int rows, columns, stride;
 
   __host__ __device__ Share(const Batch& b, unsigned cluster)
-      : rows(round_up((b.rows + cluster - 1) / cluster, kPanel)), columns(round_up(b.columns, kPanel)) {}
+      : rows(round_up((b.rows + cluster - 1) / cluster, kPanel)),
+        columns(round_up(b.columns, kPanel)),
+        stride(columns | kPanel) {}
   std::size_t floats() const {
-    return static_cast<std::size_t>(rows + kPanel) * columns + kMaxWarps * kPanel + 2 * kMaxCluster * kTotals;
+    return static_cast<std::size_t>(rows + kPanel) * stride + kMaxWarps * kPanel + 2 * kMaxCluster * kTotals;
   }
   int threads() const { return round_up(rows > columns ? rows : columns, 32); }
 
@@ -76,12 +81,11 @@ __device__ __forceinline__ float finite_scale(float largest) {
 
 template <bool kCluster>
 struct Matrix {
-  float* a;       // [rows + kPanel, columns], swizzled; the last rows are W
+  float* a;       // [rows + kPanel, stride], swizzled; the last rows are W
   float* part;    // [kMaxWarps, kPanel]: inner products of warps; V^T V with tau on its diagonal
   float* totals;  // [2, kMaxCluster, kTotals] by parity of the column and rank of the block
-  int rows, columns, warps;
+  int rows, columns, stride, warps;
   int first_row;  // in the whole matrix
-  int flip;
   unsigned rank, ranks;
   int warp, lane;
 
@@ -93,18 +97,18 @@ struct Matrix {
     columns = share.columns;
     warps = (rows + 31) / 32;
     first_row = static_cast<int>(rank) * rows;
-    flip = columns % 32 == 0 ? 16 : 0;
+    stride = share.stride;
     a = memory;
-    part = a + (rows + kPanel) * columns;
+    part = a + (rows + kPanel) * stride;
     totals = part + kMaxWarps * kPanel;
     warp = static_cast<int>(threadIdx.x) / 32;
     lane = static_cast<int>(threadIdx.x) % 32;
   }
 
-  // Eight rows at one column, and eight columns of four rows, lie in different banks; groups of four columns stay
-  // whole.
+  // With an odd number of 16 columns a row, eight rows at four columns each, and four rows at eight, lie in different
+  // banks. Groups of four columns stay whole, groups of sixteen stay where they are.
   __device__ __forceinline__ int at(int row, int column) const {
-    return row * columns + (column ^ ((row & 1) * flip | (row & 2) << 2 | (row & 4)));
+    return row * stride + (column ^ ((row & 2) << 2 | (row & 4)));
   }
   // The rows of this warp: nobody else writes them.
   __device__ __forceinline__ int begin() const { return 32 * warp; }
@@ -270,32 +274,44 @@ struct Matrix {
     }
   }
 
-  // sum[n] = V^T A over some eighths of the rows, for the eight columns from column + 8 n
+  // sum[n] = V^T A over rows [begin, end), a multiple of 16, for the eight columns from column + 8 n
   __device__ __forceinline__ void inner_products(float (*sum)[4], int j0, int column, int begin, int end) const {
     const int g = lane / 4, t = lane % 4;
-    const int v0 = at(t, j0 + g), v4 = at(t + 4, j0 + g), a0 = at(t, column + g), a4 = at(t + 4, column + g);
-    for (int row = begin; row < end; row += 8) {
-      const float* const base = a + row * columns;
-      const float v[4] = {base[v0], base[v0 ^ 8], base[v4], base[v4 ^ 8]};
-      uint32_t left[2][4];
+    const float *v[2][2], *x[2][2];  // of rows t and t + 4, columns g and g + 8
+    DF_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      v[i / 2][i % 2] = a + at(begin + t + i / 2 * 4, j0 + g + i % 2 * 8);
+      x[i / 2][i % 2] = a + at(begin + t + i / 2 * 4, column + g + i % 2 * 8);
+    }
+    DF_NO_UNROLL
+    for (int row = begin; row < end; row += 16) {
+      float c[2][4] = {};
       DF_UNROLL
-      for (int i = 0; i < 4; ++i) split_tf32(left[0][i], left[1][i], v[i]);
-      DF_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        uint32_t right[2][2];
-        split_tf32(right[0][0], right[1][0], base[a0 ^ 8 * n]);
-        split_tf32(right[0][1], right[1][1], base[a4 ^ 8 * n]);
-        float c[4] = {};
-        multiply_split(c, left, right);
+      for (int half = 0; half < 2; ++half) {
+        uint32_t left[2][4];
         DF_UNROLL
-        for (int i = 0; i < 4; ++i) sum[n][i] += c[i];
+        for (int i = 0; i < 4; ++i) split_tf32(left[0][i], left[1][i], *v[i / 2][i % 2]);
+        DF_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          uint32_t right[2][2];
+          DF_UNROLL
+          for (int i = 0; i < 2; ++i) split_tf32(right[0][i], right[1][i], *x[i][n]);
+          multiply_split(c[n], left, right);
+        }
+        DF_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          v[i / 2][i % 2] += 8 * stride;
+          x[i / 2][i % 2] += 8 * stride;
+        }
       }
+      DF_UNROLL
+      for (int i = 0; i < 8; ++i) sum[i / 4][i % 4] += c[i / 4][i % 4];
     }
   }
 
   // W = V^T [V A] of this block, for the columns from j0. A task is sixteen columns and a part of the rows.
   __device__ void gather(int j0) const {
-    const int pairs = (columns - j0) / kPanel, from_row = from(j0), steps = (rows - from_row) / 8;
+    const int pairs = (columns - j0) / kPanel, from_row = from(j0), steps = (rows - from_row) / 16;
     int parts = 1 + columns / kPanel / pairs;  // all but the first wait in W's memory
     if (parts * pairs > warps) parts = warps / pairs > 1 ? warps / pairs : 1;
     const int g = lane / 4, t = lane % 4;
@@ -303,9 +319,9 @@ struct Matrix {
       const int pair = task % pairs, p = task / pairs, column = j0 + pair * kPanel;
       float sum[2][4] = {};
       if (p < parts)
-        inner_products(sum, j0, column, from_row + steps * p / parts * 8, from_row + steps * (p + 1) / parts * 8);
+        inner_products(sum, j0, column, from_row + steps * p / parts * 16, from_row + steps * (p + 1) / parts * 16);
       if (parts > 1) {
-        float* const slot = a + rows * columns + pair * kPanel * kPanel + lane;
+        float* const slot = a + rows * stride + pair * kPanel * kPanel + lane;
         if (p > 0 && p < parts)
           for (int i = 0; i < 8; ++i) slot[(p - 1) * pairs * kPanel * kPanel + 32 * i] = sum[i / 4][i % 4];
         __syncthreads();
@@ -321,7 +337,8 @@ struct Matrix {
     }
   }
 
-  // W' of one column from W, with `part`: w[c] = tau_c (w[c] - the sum of (V^T V)[c][k] w[k]) over the k before c, or behind it
+  // W' of one column from W, with `part`: w[c] = tau_c (w[c] - the sum of (V^T V)[c][k] w[k]) over the k before c, or
+  // behind it
   template <bool kForm>
   __device__ __forceinline__ void substitute(float* w) const {
     DF_UNROLL
@@ -369,22 +386,28 @@ struct Matrix {
         const int row = begin() + 16 * tile;
         if (row < first || row >= rows) continue;
         float c[4] = {};
-        for (int k = 0; k < 2; ++k) multiply_split(c, left[tile][k], right[k]);
-        const bool pivots = owner && row == first;
         DF_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int r = g + 8 * i;
-          Two* const to = reinterpret_cast<Two*>(a + at(row + r, column + 2 * t));
-          Two x = {};
-          if (kForm && column < j0 + kPanel) {
-            if (pivots && r == column - j0 + 2 * t) x.at[0] = 1.0f;
-            if (pivots && r == column - j0 + 2 * t + 1) x.at[1] = 1.0f;
-          } else {
-            x = *to;
+        for (int k = 0; k < 2; ++k) multiply_split(c, left[tile][k], right[k]);
+        Two* const to = reinterpret_cast<Two*>(a + at(row + g, column + 2 * t));
+        const auto write = [&](auto before) {
+          DF_UNROLL
+          for (int i = 0; i < 2; ++i) {  // rows g and g + 8
+            const Two x = before(i);
+            to[i * 4 * stride] = {x.at[0] - c[2 * i], x.at[1] - c[2 * i + 1]};
           }
-          for (int k = 0; k < 2; ++k) x.at[k] = !kForm && pivots ? 0.0f : x.at[k] - c[2 * i + k];
-          *to = x;
-        }
+        };
+        const bool pivots = owner && row == first;
+        if (kForm ? column >= j0 + kPanel : !pivots)
+          write([&](int i) { return to[i * 4 * stride]; });
+        else if (kForm && pivots)
+          write([&](int i) {
+            const int ahead = g + 8 * i - (column - j0 + 2 * t);
+            return Two{ahead == 0 ? 1.0f : 0.0f, ahead == 1 ? 1.0f : 0.0f};
+          });
+        else if (kForm)
+          write([](int) { return Two{}; });
+        else
+          to[0] = to[4 * stride] = {};
       }
     }
     __syncwarp();

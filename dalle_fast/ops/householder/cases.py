@@ -48,7 +48,7 @@ ROOM = Room(
         _case("huge", 30, 7, column_scales=(30, 30)),
         _case("tall_panels", 150, 33),
         _case("taller_panels", 250, 33),
-        _case("many_pivots", 100, 50, eps=2.0),
+        _case("many_pivots", 60, 50, eps=2.0),
         _case("column", 9, 1),
         _case("one", 1, 1),
         _case("empty_batch", 0, 8, 4),
