@@ -1,19 +1,28 @@
 // SPDX-License-Identifier: MIT
-// What .cu files use of the CUDA runtime: error checks, the device guard, the launch, shared memory. With DF_SIMT the
-// same names are implemented on the host (csrc/simt/).
+// What .cu files use of the CUDA runtime: error checks, the device guard, the launch, shared memory, clusters of
+// blocks. With DF_SIMT the same names are implemented on the host (csrc/simt/).
 #pragma once
 
 #if defined(DF_SIMT)
 #include "../simt/simt.h"
 
 #define DF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream), ::simt::launch((grid), (block), (shared_bytes), #kernel, [&] { kernel(__VA_ARGS__); }))
+  DF_LAUNCH_CLUSTER(kernel, grid, block, 1, shared_bytes, stream, __VA_ARGS__)
+#define DF_LAUNCH_CLUSTER(kernel, grid, block, cluster, shared_bytes, stream, ...) \
+  ((void)(stream), ::simt::launch((grid), (block), (cluster), (shared_bytes), #kernel, [&] { kernel(__VA_ARGS__); }))
 #define DF_SHARED(T, name, count) \
   T* const name = static_cast<T*>(::simt::static_shared(sizeof(T) * (count), DF_SIMT_SITE))
 #define DF_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::simt::dynamic_shared())
 #define DF_UNROLL
+#define DF_NO_UNROLL
+#define sync_cluster() ::simt::cluster_barrier(DF_SIMT_SITE)
+#define remote_shared(mine, rank) \
+  static_cast<std::decay_t<decltype(mine)>>(::simt::map_shared((mine), (rank), DF_SIMT_SITE))
 
 namespace dalle_fast {
+inline unsigned cluster_rank() { return ::simt::here.cluster_rank; }
+inline unsigned cluster_size() { return ::simt::here.cluster_size; }
+inline bool has_clusters(int) { return true; }
 class DeviceGuard {
  public:
   explicit DeviceGuard(int) {}
@@ -38,9 +47,16 @@ void allow_dynamic_shared(Kernel, std::size_t) {}
     ::dalle_fast::check_cuda(cudaGetLastError(), "launch of " #kernel, __FILE__, __LINE__);      \
   } while (0)
 
+// The same with clusters of `cluster` blocks, neighbours along x, on devices that have them (has_clusters); up to 8.
+#define DF_LAUNCH_CLUSTER(kernel, grid, block, cluster, shared_bytes, stream, ...)                   \
+  ::dalle_fast::check_cuda(                                                                          \
+      ::dalle_fast::launch_cluster(kernel, grid, block, cluster, shared_bytes, stream, __VA_ARGS__), \
+      "launch of " #kernel, __FILE__, __LINE__)
+
 // Shared memory of a block: an array of a constant size, or what the launch asked for.
 #define DF_SHARED(T, name, count) __shared__ T name[count]
 #define DF_UNROLL _Pragma("unroll")
+#define DF_NO_UNROLL _Pragma("unroll 1")
 #define DF_DYNAMIC_SHARED(T, name)                                    \
   extern __shared__ __align__(128) unsigned char df_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(df_dynamic_shared)
@@ -51,6 +67,23 @@ inline void check_cuda(cudaError_t status, const char* what, const char* file, i
   if (status != cudaSuccess)
     throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(status) + " (" + file + ":" +
                              std::to_string(line) + ")");
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster,
+                           std::size_t shared_bytes, void* stream, Arguments&&... arguments) {
+  cudaLaunchAttribute shape{};
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim.x = cluster;
+  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &shape;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...);
 }
 
 // Makes `index` the current device until the end of the scope.
@@ -79,6 +112,49 @@ void allow_dynamic_shared(Kernel kernel, std::size_t bytes) {
   if (bytes > 32 * 1024)
     DF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
+
+// Whether blocks can form clusters: kernels for other devices are compiled with clusters of one.
+inline bool has_clusters(int device) {
+  int major = 0;
+  DF_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 9;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ unsigned cluster_size() {
+  unsigned size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+// All threads of the cluster meet; what they wrote before, to any shared memory of the cluster, is seen after it. The
+// first one also makes sure that all blocks have begun, the last one that none has left too early.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+// The same address in the shared memory of another block of the cluster
+template <typename T>
+__device__ __forceinline__ T* remote_shared(T* mine, unsigned rank) {
+  T* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(rank));
+  return there;
+}
+#else
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ unsigned cluster_size() { return 1; }
+__device__ __forceinline__ void sync_cluster() { __syncthreads(); }
+template <typename T>
+__device__ __forceinline__ T* remote_shared(T* mine, unsigned) {
+  return mine;
+}
+#endif
 
 }  // namespace dalle_fast
 

@@ -150,9 +150,11 @@ __device__ __forceinline__ void copy_async_wait() {
 
 #endif
 
-// x = high + low up to 2^-22 |x|, both tf32. Three products of parts (all but low * low) make a product of float32.
+// x = high + low up to 2^-23 |x|, both tf32. Three products of parts (all but low * low) make a product of float32.
+// `high` is rounded to nearest: were it cut off, all low parts would have the sign of their x, and the products that
+// are left out would add up.
 __device__ __forceinline__ void split_tf32(uint32_t& high, uint32_t& low, float x) {
-  high = float_bits(x) & 0xffffe000u;
+  high = (float_bits(x) + 0x1000u) & 0xffffe000u;
   low = float_bits(x - bits_float(high));
 }
 

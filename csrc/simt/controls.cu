@@ -119,6 +119,44 @@ __global__ void masked_sum(float* out, const float* in) {
   if (threadIdx.x == 0) out[0] = sum + in[60] + in[61] + in[62] + in[63];
 }
 
+enum class ClusterBug { kNone, kNoBarrier, kLeaves, kHasLeft, kDivergent, kReturns };
+
+constexpr unsigned kCluster = 4, kShare = kThreads / kCluster;
+
+// the same in a cluster: the first block reads what all have
+template <ClusterBug kBug>
+__global__ void cluster_sum(float* out, const float* in) {
+  DF_SHARED(float, part, kShare);
+  const unsigned rank = cluster_rank();
+  part[threadIdx.x] = in[rank * kShare + threadIdx.x];
+  const float* theirs[kCluster];
+  for (unsigned r = 0; r < cluster_size(); ++r) theirs[r] = remote_shared(part, r);
+  if (kBug == ClusterBug::kDivergent && rank == 1) {
+    sync_cluster();  // another one than below
+  } else if (kBug != ClusterBug::kNoBarrier) {
+    sync_cluster();
+  }
+  if (kBug == ClusterBug::kReturns && rank == 1) return;
+  constexpr bool kLeaves = kBug == ClusterBug::kLeaves || kBug == ClusterBug::kHasLeft;
+  if (kLeaves) __syncthreads();  // others are gone before the first block goes on
+  if (rank == 0 && threadIdx.x == 0) {
+    float sum = 0.0f;
+    for (unsigned r = 0; r < cluster_size(); ++r) {
+      if (kBug == ClusterBug::kHasLeft) theirs[r] = remote_shared(part, r);
+      for (unsigned i = 0; i < kShare; ++i) sum += theirs[r][i];
+    }
+    out[0] = sum;
+  }
+  if (!kLeaves) sync_cluster();
+}
+
+template <ClusterBug kBug>
+void run_clusters(bool planted, float* out, const float* in) {
+  void* stream = nullptr;
+  planted ? DF_LAUNCH_CLUSTER(cluster_sum<kBug>, kCluster, kShare, kCluster, 0, stream, out, in)
+          : DF_LAUNCH_CLUSTER(cluster_sum<ClusterBug::kNone>, kCluster, kShare, kCluster, 0, stream, out, in);
+}
+
 }  // namespace
 
 // Runs a control, with or without its bug; out and in are float32 on the host, 1 and 64 of them, `in` aligned to 16
@@ -149,6 +187,16 @@ void run(const std::string& name, bool planted, float* out, const float* in) {
   } else if (name == "copy_misaligned") {
     planted ? DF_LAUNCH((copied_sum<true, false>), 1, kThreads, 0, stream, out, in)
             : DF_LAUNCH((copied_sum<true, true>), 1, kThreads, 0, stream, out, in);
+  } else if (name == "cluster_barrier_removed") {
+    run_clusters<ClusterBug::kNoBarrier>(planted, out, in);
+  } else if (name == "cluster_block_leaves") {
+    run_clusters<ClusterBug::kLeaves>(planted, out, in);
+  } else if (name == "cluster_block_has_left") {
+    run_clusters<ClusterBug::kHasLeft>(planted, out, in);
+  } else if (name == "cluster_barrier_divergent") {
+    run_clusters<ClusterBug::kDivergent>(planted, out, in);
+  } else if (name == "cluster_block_returns") {
+    run_clusters<ClusterBug::kReturns>(planted, out, in);
   } else if (name == "edge_mask") {
     planted ? DF_LAUNCH(masked_sum<true>, 1, kThreads, 0, stream, out, in)
             : DF_LAUNCH(masked_sum<false>, 1, kThreads, 0, stream, out, in);

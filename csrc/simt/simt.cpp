@@ -7,13 +7,7 @@
 #include <string>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
+#include "fiber.h"
 
 namespace simt {
 
@@ -21,10 +15,10 @@ Place here;
 
 namespace {
 
-constexpr std::size_t kStackBytes = 128 << 10;
 constexpr unsigned kWarp = 32;
+constexpr unsigned kMaxCluster = 8;  // what every device with clusters can do
 
-enum class State { kReady, kBarrier, kWarpWait, kDone };
+enum class State { kReady, kBarrier, kClusterBarrier, kWarpWait, kDone };
 
 struct Copy {
   void* to;
@@ -34,13 +28,9 @@ struct Copy {
 };
 
 struct Fiber {
-#if defined(__x86_64__)
-  void* stack_pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Stack stack;
   State state = State::kReady;
+  unsigned block = 0;  // its rank in the cluster
   dim3 thread;
   Site site{"", 0};
   unsigned mask = 0;
@@ -54,21 +44,53 @@ struct Fiber {
 struct Free {
   void operator()(char* p) const { std::free(p); }
 };
-using Memory = std::unique_ptr<char, Free>;
+
+struct Memory {
+  std::unique_ptr<char, Free> at;
+  std::size_t bytes = 0;
+
+  explicit Memory(std::size_t size) : bytes(size) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, bytes + !bytes)) throw std::bad_alloc();
+    at.reset(static_cast<char*>(memory));
+    poison();
+  }
+  void poison() { std::memset(at.get(), 0xff, bytes); }  // NaN, or -1
+};
 
 struct Shared {
   Site site;
   Memory memory;
 };
 
+struct Block {
+  dim3 index;
+  Memory dynamic;
+  std::vector<Shared> shared = {};
+  bool started = false;
+  unsigned at_barrier = 0, done = 0;  // threads
+
+  void poison() {
+    dynamic.poison();
+    for (Shared& s : shared) s.memory.poison();
+  }
+};
+
+struct Warp {
+  uint32_t ready;  // lanes that can run
+  uint64_t rank;
+};
+
 struct Machine {
-  std::vector<std::unique_ptr<Fiber>> fibers;  // kept between launches
-  unsigned count = 0;
+  std::vector<std::unique_ptr<Fiber>> fibers;  // kept between launches; a block's begin at a multiple of a warp
+  std::vector<Block> blocks;                   // of the cluster that runs
+  std::vector<Warp> warps;                     // of all its blocks
+  unsigned count = 0;                          // threads of a block
+  unsigned block_warps = 0;                    // warps of a block
+  unsigned at_cluster_barrier = 0;             // threads
   Fiber* running = nullptr;
   const std::function<void()>* kernel = nullptr;
   const char* name = "";
-  std::vector<Shared> shared;
-  Memory dynamic;
   uint64_t random = 0;
   uint64_t seed = 1;
   std::vector<Site> barriers;
@@ -76,15 +98,6 @@ struct Machine {
   std::string failure;  // of the fiber that ran last
   bool last_block_dropped = false;
   bool waits_forgotten = false;
-#if defined(__x86_64__)
-  void* scheduler = nullptr;
-#else
-  ucontext_t scheduler;
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  const void* scheduler_stack = nullptr;
-  std::size_t scheduler_bytes = 0;
-#endif
 };
 
 Machine& machine() {
@@ -103,221 +116,197 @@ uint64_t next_random(Machine& m) {  // splitmix64
   return z ^ (z >> 31);
 }
 
-// ---- switching
-
-#if defined(__x86_64__)
-extern "C" void dalle_fast_simt_switch(void** save, void* to);
-asm(R"(
-.text
-.hidden dalle_fast_simt_switch
-.globl dalle_fast_simt_switch
-.type dalle_fast_simt_switch, @function
-dalle_fast_simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size dalle_fast_simt_switch, .-dalle_fast_simt_switch
-)");
-#endif
-
-void to_scheduler(bool done) {
-  Machine& m = machine();
-  Fiber* self = m.running;
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(done ? nullptr : &fake, m.scheduler_stack, m.scheduler_bytes);
-#endif
-  (void)done;
-#if defined(__x86_64__)
-  dalle_fast_simt_switch(&self->stack_pointer, m.scheduler);
-#else
-  swapcontext(&self->context, &m.scheduler);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
-}
-
-void to_fiber(Machine& m, Fiber* fiber) {
-  m.running = fiber;
-  here.thread = fiber->thread;
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, fiber->stack.get(), kStackBytes);
-#endif
-#if defined(__x86_64__)
-  dalle_fast_simt_switch(&m.scheduler, fiber->stack_pointer);
-#else
-  swapcontext(&m.scheduler, &fiber->context);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
-}
-
 void entry() {
+  Stack::begin();
   Machine& m = machine();
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_bytes);
-#endif
   (*m.kernel)();
   m.running->state = State::kDone;
-  to_scheduler(true);
+  m.running->stack.suspend(true);
 }
 
-void prepare(Fiber* fiber) {
-#if defined(__SANITIZE_ADDRESS__)  // frames that a failed launch left behind
-  __asan_unpoison_memory_region(fiber->stack.get(), kStackBytes);
-#endif
-#if defined(__x86_64__)
-  auto top = reinterpret_cast<std::uintptr_t>(fiber->stack.get() + kStackBytes) / 16 * 16;
-  auto* slot = reinterpret_cast<void**>(top);
-  *--slot = nullptr;  // where a caller's return address would be
-  *--slot = reinterpret_cast<void*>(&entry);
-  for (int i = 0; i < 6; ++i) *--slot = nullptr;
-  fiber->stack_pointer = slot;
-#else
-  getcontext(&fiber->context);
-  fiber->context.uc_stack.ss_sp = fiber->stack.get();
-  fiber->context.uc_stack.ss_size = kStackBytes;
-  fiber->context.uc_link = nullptr;
-  makecontext(&fiber->context, entry, 0);
-#endif
+void wait(State state, const Site& site) {
+  Fiber* self = machine().running;
+  self->state = state;
+  self->site = site;
+  self->stack.suspend(false);
 }
 
 // ---- synchronisation
 
+std::string text_of(const dim3& d) {
+  return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+}
+
 std::string describe(const Machine& m, const Fiber& fiber) {
-  std::string text = "thread (" + std::to_string(fiber.thread.x) + ", " + std::to_string(fiber.thread.y) + ", " +
-                     std::to_string(fiber.thread.z) + ")";
+  std::string text = m.blocks.size() > 1 ? "block " + text_of(m.blocks[fiber.block].index) + " " : "";
+  text += "thread " + text_of(fiber.thread);
   switch (fiber.state) {
     case State::kDone: return text + " has returned";
     case State::kReady: return text + " runs";
     case State::kBarrier: text += " waits at __syncthreads"; break;
+    case State::kClusterBarrier: text += " waits at sync_cluster"; break;
     case State::kWarpWait: text += " waits for lanes " + std::to_string(fiber.mask); break;
   }
-  (void)m;
   return text + " in " + fiber.site.file + ":" + std::to_string(fiber.site.line);
 }
 
 [[noreturn]] void fail(const Machine& m, const std::string& what, const Fiber& a, const Fiber& b) {
-  throw std::runtime_error(std::string("simt: ") + what + " in " + m.name + ", block (" + std::to_string(here.block.x) +
-                           ", " + std::to_string(here.block.y) + ", " + std::to_string(here.block.z) +
-                           "): " + describe(m, a) + "; " + describe(m, b));
+  throw std::runtime_error("simt: " + what + " in " + m.name + ", block " + text_of(m.blocks[a.block].index) + ": " +
+                           describe(m, a) + "; " + describe(m, b));
 }
 
-bool same(const Site& a, const Site& b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(const Site& a, const Site& b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+bool same_wait(const Fiber& a, const Fiber& b) {
+  return a.state == b.state && same(a.site, b.site) && (a.state != State::kWarpWait || a.mask == b.mask);
+}
+
+// The fiber of a thread; threads of a block that do not exist have none.
+Fiber& fiber_of(Machine& m, unsigned block, unsigned thread) {
+  return *m.fibers[block * m.block_warps * kWarp + thread];
+}
+unsigned warp_of(const Machine& m, unsigned block, unsigned thread) { return block * m.block_warps + thread / kWarp; }
+
+void wake(Machine& m, unsigned block, unsigned thread) {
+  fiber_of(m, block, thread).state = State::kReady;
+  m.warps[warp_of(m, block, thread)].ready |= 1u << thread % kWarp;
+}
+
+template <typename F>
+void for_each_fiber(Machine& m, F f) {
+  for (unsigned b = 0; b < m.blocks.size(); ++b)
+    for (unsigned t = 0; t < m.count; ++t) f(b, t, fiber_of(m, b, t));
+}
 
 // Lets the lanes of a collective go on once all of its mask have come.
-void try_warp(Machine& m, unsigned index) {
-  Fiber& fiber = *m.fibers[index];
-  const unsigned base = index / kWarp * kWarp;
-  for (unsigned l = 0; l < kWarp; ++l) {
-    if (!(fiber.mask >> l & 1u)) continue;
-    if (base + l >= m.count) continue;  // a last warp that is not full
-    const Fiber& other = *m.fibers[base + l];
-    if (other.state != State::kWarpWait || other.mask != fiber.mask || !same(other.site, fiber.site)) return;
-  }
+void try_warp(Machine& m, const Fiber& fiber, unsigned first) {
+  const unsigned mask = fiber.mask, b = fiber.block;
+  if (m.warps[warp_of(m, b, first)].ready & mask) return;
+  const unsigned lanes = m.count - first < kWarp ? m.count - first : kWarp;  // a last warp may not be full
   uint64_t values[kWarp] = {};
-  for (unsigned l = 0; l < kWarp && base + l < m.count; ++l)
-    if (fiber.mask >> l & 1u) values[l] = m.fibers[base + l]->value;
+  for (unsigned l = 0; l < lanes; ++l) {
+    if (!(mask >> l & 1u)) continue;
+    const Fiber& other = fiber_of(m, b, first + l);
+    if (!same_wait(fiber, other)) return;
+    values[l] = other.value;
+  }
   if (fiber.together) {
-    void* lanes[kWarp];
-    for (unsigned l = 0; l < kWarp; ++l) lanes[l] = reinterpret_cast<void*>(values[l]);
-    fiber.together(lanes);
+    void* at[kWarp];
+    for (unsigned l = 0; l < kWarp; ++l) at[l] = reinterpret_cast<void*>(values[l]);
+    fiber.together(at);
   }
-  const unsigned mask = fiber.mask;
-  for (unsigned l = 0; l < kWarp && base + l < m.count; ++l)
+  for (unsigned l = 0; l < lanes; ++l)
     if (mask >> l & 1u) {
-      std::memcpy(m.fibers[base + l]->lanes, values, sizeof values);
-      m.fibers[base + l]->state = State::kReady;
+      std::memcpy(fiber_of(m, b, first + l).lanes, values, sizeof values);
+      wake(m, b, first + l);
     }
 }
 
-// Nobody can run: opens the barrier or says what is wrong.
-bool release(Machine& m) {
-  Fiber* first = nullptr;
-  for (unsigned i = 0; i < m.count; ++i) {
-    Fiber& fiber = *m.fibers[i];
-    if (fiber.state == State::kDone) continue;
-    if (!first) first = &fiber;
-    if (fiber.state == State::kWarpWait) {
-      const unsigned base = i / kWarp * kWarp;
-      for (unsigned l = 0; l < kWarp && base + l < m.count; ++l)
-        if ((fiber.mask >> l & 1u) && m.fibers[base + l].get() != &fiber &&
-            (m.fibers[base + l]->state != State::kWarpWait || !same(m.fibers[base + l]->site, fiber.site) ||
-             m.fibers[base + l]->mask != fiber.mask))
-          fail(m, "a warp waits for a lane that does not come", fiber, *m.fibers[base + l]);
-      fail(m, "deadlock", *first, fiber);
-    }
-    if (!same(fiber.site, first->site)) fail(m, "divergent barrier", *first, fiber);
+// What a fiber waits for may have come with it.
+void arrived(Machine& m, const Fiber& fiber, unsigned thread) {
+  Block& block = m.blocks[fiber.block];
+  switch (fiber.state) {
+    case State::kReady: break;
+    case State::kWarpWait: try_warp(m, fiber, thread / kWarp * kWarp); break;
+    case State::kBarrier:
+      if (++block.at_barrier < m.count) break;
+      block.at_barrier = 0;
+      for (unsigned t = 0; t < m.count; ++t)
+        if (const Fiber& other = fiber_of(m, fiber.block, t); !same_wait(other, fiber))
+          fail(m, "divergent barrier", fiber, other);
+      for (unsigned t = 0; t < m.count; ++t) wake(m, fiber.block, t);
+      break;
+    case State::kClusterBarrier:
+      if (++m.at_cluster_barrier < m.count * m.blocks.size()) break;
+      m.at_cluster_barrier = 0;
+      for_each_fiber(m, [&](unsigned, unsigned, const Fiber& other) {
+        if (!same_wait(other, fiber)) fail(m, "divergent cluster barrier", fiber, other);
+      });
+      for_each_fiber(m, [&](unsigned b, unsigned t, const Fiber&) { wake(m, b, t); });
+      break;
+    case State::kDone:
+      if (++block.done == m.count && m.blocks.size() > 1) block.poison();  // others may run on
+      break;
   }
-  if (!first) return false;
-  for (unsigned i = 0; i < m.count; ++i) {
-    Fiber& fiber = *m.fibers[i];
-    if (fiber.state == State::kDone) fail(m, "divergent barrier", *first, fiber);
-    fiber.state = State::kReady;
-  }
-  return true;
 }
 
-// Half of the blocks run all that is ready in random order; in the other half warps have random ranks, and one runs
-// only while none above it can: a warp may then be a whole loop behind another, which fair turns never show.
-void run_block(Machine& m) {
-  std::vector<unsigned> ready;
-  const bool ranked = next_random(m) % 2;
-  std::vector<uint64_t> rank((m.count + kWarp - 1) / kWarp);
-  for (uint64_t& r : rank) r = next_random(m);
+// Nobody can run although some have not returned: says why.
+[[noreturn]] void explain(Machine& m) {
+  const Fiber* barrier = nullptr;  // who waits at one, rather a block's than the cluster's
+  for_each_fiber(m, [&](unsigned b, unsigned t, const Fiber& fiber) {
+    const bool at_barrier = fiber.state == State::kBarrier;
+    if ((at_barrier || fiber.state == State::kClusterBarrier) &&
+        (!barrier || (at_barrier && barrier->state != State::kBarrier)))
+      barrier = &fiber;
+    if (fiber.state != State::kWarpWait) return;
+    const unsigned first = t / kWarp * kWarp;
+    for (unsigned l = 0; l < kWarp && first + l < m.count; ++l)
+      if ((fiber.mask >> l & 1u) && !same_wait(fiber, fiber_of(m, b, first + l)))
+        fail(m, "a warp waits for a lane that does not come", fiber, fiber_of(m, b, first + l));
+  });
+  const bool of_block = barrier->state == State::kBarrier;
+  for_each_fiber(m, [&](unsigned b, unsigned, const Fiber& fiber) {
+    if ((!of_block || b == barrier->block) && !same_wait(fiber, *barrier))
+      fail(m, of_block ? "divergent barrier" : "divergent cluster barrier", *barrier, fiber);
+  });
+  fail(m, "deadlock", *barrier, *barrier);
+}
+
+void run_fiber(Machine& m, unsigned warp, unsigned lane) {
+  const unsigned b = warp / m.block_warps, thread = warp % m.block_warps * kWarp + lane;
+  Fiber& fiber = fiber_of(m, b, thread);
+  Block& block = m.blocks[b];
+  if (!block.started && m.blocks.size() > 1) block.poison();  // what others did to it too early
+  block.started = true;
+  m.warps[warp].ready &= ~(1u << lane);
+  m.running = &fiber;
+  here.thread = fiber.thread;
+  here.block = block.index;
+  here.cluster_rank = b;
+  fiber.stack.resume();
+  if (!m.failure.empty()) {
+    const std::string what = std::move(m.failure);
+    m.failure.clear();
+    throw std::runtime_error(what);
+  }
+  arrived(m, fiber, thread);
+}
+
+// All that is ready runs in random order; or warps have random ranks, and one runs only while none above it can: it may
+// then be a whole loop ahead of another, which fair turns never show. In a cluster whole blocks may have such ranks
+// too.
+void run_cluster(Machine& m) {
+  enum { kFair, kRankedWarps, kRankedBlocks };
+  const uint64_t order = next_random(m) % (m.blocks.size() > 1 ? 3 : 2);
+  for (unsigned b = 0; b < m.blocks.size(); ++b) {
+    const uint64_t of_block = next_random(m) >> 32 << 32;
+    for (unsigned w = 0; w < m.block_warps; ++w) {
+      uint64_t& rank = m.warps[b * m.block_warps + w].rank;
+      rank = order == kFair ? 0 : next_random(m);
+      if (order == kRankedBlocks) rank = of_block | rank >> 32;
+    }
+  }
+  struct Turn {
+    unsigned warp, lane;
+  };
+  std::vector<Turn> turns;
   for (;;) {
-    ready.clear();
+    turns.clear();
     uint64_t best = 0;
-    for (unsigned i = 0; i < m.count; ++i)
-      if (m.fibers[i]->state == State::kReady) {
-        ready.push_back(i);
-        if (rank[i / kWarp] > best) best = rank[i / kWarp];
-      }
-    if (ranked) {
-      std::size_t kept = 0;
-      for (unsigned i : ready)
-        if (rank[i / kWarp] == best) ready[kept++] = i;
-      ready.resize(kept);
+    for (const Warp& warp : m.warps)
+      if (warp.ready && warp.rank > best) best = warp.rank;
+    for (unsigned w = 0; w < m.warps.size(); ++w)
+      for (uint32_t ready = m.warps[w].rank == best ? m.warps[w].ready : 0; ready; ready &= ready - 1)
+        turns.push_back({w, static_cast<unsigned>(__builtin_ctz(ready))});
+    if (turns.empty()) {
+      for (const Block& block : m.blocks)
+        if (block.done < m.count) explain(m);
+      return;
     }
-    if (ready.empty()) {
-      if (!release(m)) return;
-      continue;
-    }
-    for (std::size_t i = ready.size(); i > 1; --i) std::swap(ready[i - 1], ready[next_random(m) % i]);
-    for (unsigned index : ready) {
-      Fiber* fiber = m.fibers[index].get();
-      if (fiber->state != State::kReady) continue;
-      to_fiber(m, fiber);
-      if (!m.failure.empty()) {
-        const std::string what = std::move(m.failure);
-        m.failure.clear();
-        throw std::runtime_error(what);
-      }
-      if (fiber->state == State::kWarpWait) try_warp(m, index);
-    }
+    for (std::size_t i = turns.size(); i > 1; --i) std::swap(turns[i - 1], turns[next_random(m) % i]);
+    for (const Turn& turn : turns) run_fiber(m, turn.warp, turn.lane);
   }
-}
-
-Memory poisoned(std::size_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 128, bytes + !bytes)) throw std::bad_alloc();
-  std::memset(memory, 0xff, bytes);  // NaN, or -1
-  return Memory(static_cast<char*>(memory));
 }
 
 void perform(const Copy& copy) {
@@ -344,72 +333,83 @@ std::vector<std::string> barriers() {
 }
 void forget_barriers() { machine().barriers.clear(); }
 
-void launch(const dim3& grid, const dim3& block, std::size_t shared_bytes, const char* name,
+void launch(const dim3& grid, const dim3& block, unsigned cluster, std::size_t shared_bytes, const char* name,
             const std::function<void()>& kernel) {
   Machine& m = machine();
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
-  if (!threads || threads > 1024 || !blocks || grid.y > 65535 || grid.z > 65535 || shared_bytes > (227u << 10))
+  if (!threads || threads > 1024 || !blocks || grid.y > 65535 || grid.z > 65535 || shared_bytes > (227u << 10) ||
+      !cluster || cluster > kMaxCluster || grid.x % cluster)
     throw std::runtime_error(std::string("simt: launch of ") + name + ": bad configuration");
   m.count = static_cast<unsigned>(threads);
-  while (m.fibers.size() < m.count) m.fibers.emplace_back(new Fiber());
+  m.block_warps = (m.count + kWarp - 1) / kWarp;
+  m.warps.assign(cluster * m.block_warps, {});
+  while (m.fibers.size() < m.warps.size() * kWarp) m.fibers.emplace_back(new Fiber());
   m.kernel = &kernel;
   m.name = name;
   m.random = m.seed;
+  m.failure.clear();
   here.block_size = block;
   here.grid = grid;
-  const uint64_t first = next_random(m) % blocks;  // blocks in turn, from anywhere
-  for (uint64_t k = 0; k < blocks; ++k) {
-    const uint64_t b = (first + k) % blocks;
-    if (m.last_block_dropped && b + 1 == blocks) continue;
-    here.block = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                      static_cast<unsigned>(b / grid.x / grid.y));
-    m.shared.clear();
-    m.dynamic = poisoned(shared_bytes);
-    for (unsigned i = 0; i < m.count; ++i) {
-      Fiber* fiber = m.fibers[i].get();
-      fiber->state = State::kReady;
-      fiber->copies.clear();
-      fiber->groups = 0;
-      fiber->thread = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
-      prepare(fiber);
+  here.cluster_size = cluster;
+  const uint64_t clusters = blocks / cluster;
+  const uint64_t first = next_random(m) % clusters;  // in turn, from anywhere
+  for (uint64_t k = 0; k < clusters; ++k) {
+    const uint64_t c = (first + k) % clusters;
+    if (m.last_block_dropped && c + 1 == clusters) continue;
+    m.blocks.clear();
+    m.at_cluster_barrier = 0;
+    for (unsigned rank = 0; rank < cluster; ++rank) {
+      const uint64_t b = c * cluster + rank;
+      m.blocks.push_back({dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                               static_cast<unsigned>(b / grid.x / grid.y)),
+                          Memory(shared_bytes)});
+      for (unsigned t = 0; t < m.count; ++t) {
+        Fiber& fiber = fiber_of(m, rank, t);
+        fiber.block = rank;
+        fiber.copies.clear();
+        fiber.groups = 0;
+        fiber.thread = dim3(t % block.x, t / block.x % block.y, t / block.x / block.y);
+        fiber.stack.prepare(entry);
+        wake(m, rank, t);
+      }
     }
-    run_block(m);
+    run_cluster(m);
   }
 }
 
-void sync_block(const Site& site) {
+namespace {
+
+void meet(State state, const Site& site) {
   Machine& m = machine();
   bool known = false;
   for (const Site& other : m.barriers) known = known || same(other, site);
   if (!known) m.barriers.push_back(site);
   if (!m.removed_barrier.empty() && m.removed_barrier == place_of(site)) return;
-  Fiber* self = m.running;
-  self->state = State::kBarrier;
-  self->site = site;
-  to_scheduler(false);
+  wait(state, site);
 }
+
+}  // namespace
+
+void sync_block(const Site& site) { meet(State::kBarrier, site); }
+void cluster_barrier(const Site& site) { meet(State::kClusterBarrier, site); }
 
 const uint64_t* exchange(unsigned mask, uint64_t value, const Site& site) {
   Fiber* self = machine().running;
-  self->state = State::kWarpWait;
-  self->site = site;
   self->mask = mask;
   self->value = value;
   self->together = nullptr;
-  to_scheduler(false);
+  wait(State::kWarpWait, site);
   return self->lanes;
 }
 
 void collective(void* mine, void (*together)(void* const* lanes), const Site& site) {
   Fiber* self = machine().running;
   if (machine().count % kWarp) fail_here("an instruction of whole warps in a block of another size", site);
-  self->state = State::kWarpWait;
-  self->site = site;
   self->mask = 0xffffffffu;
   self->value = reinterpret_cast<std::uintptr_t>(mine);
   self->together = together;
-  to_scheduler(false);
+  wait(State::kWarpWait, site);
 }
 
 void copy_async(void* to, const void* from, std::size_t size, std::size_t bytes, const Site& site) {
@@ -439,25 +439,42 @@ void wait_copies(unsigned pending_groups) {
 
 void fail_here(const std::string& what, const Site& site) {
   Machine& m = machine();
-  m.running->site = site;
   // A fiber cannot throw past its first frame: the scheduler does it.
-  m.failure = std::string("simt: ") + what + " in " + m.name + ", block (" + std::to_string(here.block.x) + ", " +
-              std::to_string(here.block.y) + ", " + std::to_string(here.block.z) + "), thread (" +
-              std::to_string(here.thread.x) + ", " + std::to_string(here.thread.y) + ", " +
-              std::to_string(here.thread.z) + "), " + place_of(site);
-  m.running->state = State::kDone;
-  to_scheduler(false);
+  m.failure = "simt: " + what + " in " + m.name + ", block " + text_of(here.block) + ", thread " +
+              text_of(here.thread) + ", " + place_of(site);
+  wait(State::kDone, site);
   std::abort();
 }
 
 void* static_shared(std::size_t bytes, const Site& site) {
-  Machine& m = machine();
-  for (Shared& shared : m.shared)
-    if (same(shared.site, site)) return shared.memory.get();
-  m.shared.push_back({site, poisoned(bytes)});
-  return m.shared.back().memory.get();
+  Block& block = machine().blocks[machine().running->block];
+  for (Shared& shared : block.shared)
+    if (same(shared.site, site)) return shared.memory.at.get();
+  block.shared.push_back({site, Memory(bytes)});
+  return block.shared.back().memory.at.get();
 }
 
-void* dynamic_shared() { return machine().dynamic.get(); }
+void* dynamic_shared() { return machine().blocks[machine().running->block].dynamic.at.get(); }
+
+void* map_shared(const void* mine, unsigned rank, const Site& site) {
+  Machine& m = machine();
+  if (rank >= m.blocks.size()) fail_here("no such block in the cluster", site);
+  if (m.blocks[rank].done == m.count) fail_here("the shared memory of a block that has returned", site);
+  const unsigned self = m.running->block;
+  const auto offset = [&](const Memory& memory) { return static_cast<const char*>(mine) - memory.at.get(); };
+  const auto inside = [&](const Memory& memory) {
+    return offset(memory) >= 0 && offset(memory) <= static_cast<std::ptrdiff_t>(memory.bytes);
+  };
+  if (inside(m.blocks[self].dynamic)) return m.blocks[rank].dynamic.at.get() + offset(m.blocks[self].dynamic);
+  for (const Shared& shared : m.blocks[self].shared) {
+    if (!inside(shared.memory)) continue;
+    for (const Shared& other : m.blocks[rank].shared)
+      if (same(other.site, shared.site)) return other.memory.at.get() + offset(shared.memory);
+    const std::ptrdiff_t at = offset(shared.memory);
+    m.blocks[rank].shared.push_back({shared.site, Memory(shared.memory.bytes)});
+    return m.blocks[rank].shared.back().memory.at.get() + at;
+  }
+  fail_here("not an address in the shared memory of this block", site);
+}
 
 }  // namespace simt

@@ -5,7 +5,8 @@
 // Threads are fibers. Between two synchronisation points a thread runs alone; which one comes next is random, in fair
 // turns or by ranks of warps, seeded with DALLE_FAST_SIMT_SEED or seed(). Shared memory is filled with NaN before each
 // block. A barrier that not all threads reach, or that they reach at different lines, is an error that names block,
-// thread and line. Kernels meet this header through core/device.cuh only.
+// thread and line. The blocks of a cluster live at the same time; the shared memory of one is filled with NaN again
+// when its first thread begins and when its last has returned. Kernels meet this header through core/device.cuh only.
 #pragma once
 
 #include <cmath>
@@ -14,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #define __global__
@@ -31,6 +33,7 @@ namespace simt {
 
 struct Place {
   dim3 thread, block, block_size, grid;
+  unsigned cluster_rank, cluster_size;
 };
 extern Place here;  // of the thread that runs
 
@@ -42,15 +45,18 @@ struct Site {
 void seed(uint64_t value);
 
 // Bugs that tests plant in any kernel: the barrier at "file:line" does nothing (empty: none), the last block of a grid
-// is never run. barriers() are the places of all __syncthreads met so far; forget_barriers() starts anew.
+// is never run (in clusters, the last cluster). barriers() are the places of all barriers met so far, of blocks and of
+// clusters; forget_barriers() starts anew.
 void remove_barrier(const std::string& place);
 void drop_last_block(bool drop);
 std::vector<std::string> barriers();
 void forget_barriers();
 
-void launch(const dim3& grid, const dim3& block, std::size_t shared_bytes, const char* name,
+// Clusters are `cluster` blocks in a row along x.
+void launch(const dim3& grid, const dim3& block, unsigned cluster, std::size_t shared_bytes, const char* name,
             const std::function<void()>& kernel);
 void sync_block(const Site& site);
+void cluster_barrier(const Site& site);
 // The whole warp meets; `together` then runs once, on what each lane brought (a pointer into its stack).
 void collective(void* mine, void (*together)(void* const* lanes), const Site& site);
 // Asynchronous copies: each happens at once or, as if by chance, only when its thread waits for it; one that nobody
@@ -68,6 +74,7 @@ inline void require_aligned(const void* p, std::size_t bytes, const char* what, 
 const uint64_t* exchange(unsigned mask, uint64_t value, const Site& site);
 void* static_shared(std::size_t bytes, const Site& site);
 void* dynamic_shared();
+void* map_shared(const void* mine, unsigned rank, const Site& site);  // the same place in a block of the cluster
 
 inline unsigned linear_thread() {
   return here.thread.x + here.block_size.x * (here.thread.y + here.block_size.y * here.thread.z);

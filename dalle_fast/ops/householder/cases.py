@@ -10,9 +10,17 @@ from . import orthonormalize
 from .reference import orthonormalize_reference
 
 
-def _case(name: str, *shape: int, eps: float = 1e-6, column_scales: tuple[float, float] | None = None) -> Case:
+def _case(
+    name: str,
+    *shape: int,
+    eps: float = 1e-6,
+    column_scales: tuple[float, float] | None = None,
+    transposed: bool = False,
+) -> Case:
     def build(generator: torch.Generator, dtype: torch.dtype) -> Arguments:
         p = randn(generator, *shape, dtype=dtype, requires_grad=False)
+        if transposed:
+            p = p.mT.contiguous().mT
         if column_scales:
             p = p * torch.logspace(*column_scales, shape[-1])
         return (p,), {"eps": eps}
@@ -33,10 +41,14 @@ ROOM = Room(
         _case("batch", 3, 41, 20, eps=0.5),
         _case("panels", 70, 35),
         _case("wide", 150, 140, eps=3.0),
+        _case("wide_transposed", 100, 98, eps=3.0, transposed=True),
         _case("square", 2, 18, 18, eps=4.0),
         _case("graded", 64, 24, column_scales=(-12, 12)),
         _case("tiny", 30, 7, column_scales=(-30, -30), eps=0.0),
         _case("huge", 30, 7, column_scales=(30, 30)),
+        _case("tall_panels", 150, 33),
+        _case("taller_panels", 250, 33),
+        _case("many_pivots", 60, 50, eps=2.0),
         _case("column", 9, 1),
         _case("one", 1, 1),
         _case("empty_batch", 0, 8, 4),
