@@ -8,6 +8,7 @@ import pkgutil
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 import dalle_fast.ops
 from dalle_fast.ops import _backend
@@ -41,8 +42,8 @@ def test_op(benchmark, room, case, dtype, who, mode):
             return function(*args, **kwargs)
 
     def both():
-        out = function(*args, **kwargs)
-        out.backward(torch.ones_like(out))
+        outputs, _ = tree_flatten(function(*args, **kwargs))
+        torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
 
     run = forward if mode == "forward" else both
     run()

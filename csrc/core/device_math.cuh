@@ -2,6 +2,8 @@
 // What kernels of several rooms share: 16-bit loads and stores, dtypes, tables of work, reductions over a block.
 #pragma once
 
+#include <type_traits>
+
 #include "../scalar/minifloat.h"
 #include "device.cuh"
 #include "tensor.h"
@@ -22,13 +24,20 @@ struct fp16_t {
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16_t x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float to_float(fp16_t x) {  // exact, subnormals, Inf and NaN included
+#if defined(DF_SIMT)
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   if (magnitude >= (0x7c00u << 13)) return bits_float(sign | (magnitude + (224u << 23)));
   return bits_float(sign | float_bits(bits_float(magnitude) * 0x1p112f));
+#else
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#endif
 }
 
 __device__ __forceinline__ void from_float(float* to, float x) { *to = x; }
+#if defined(DF_SIMT)
 __device__ __forceinline__ void from_float(bf16_t* to, float x) {  // nearest even; NaN stays NaN
   const uint32_t u = float_bits(x);
   to->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : (u + 0x7fffu + (u >> 16 & 1u)) >> 16);
@@ -46,6 +55,39 @@ __device__ __forceinline__ void from_float(fp16_t* to, float x) {  // nearest ev
     r = (a - (112u << 23) + 0xfffu + (a >> 13 & 1u)) >> 13;
   to->bits = static_cast<uint16_t>(r | (u >> 16 & 0x8000u));
 }
+#else
+__device__ __forceinline__ void from_float(bf16_t* to, float x) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+}
+__device__ __forceinline__ void from_float(fp16_t* to, float x) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+}
+#endif
+
+// Two 16-bit elements in a word.
+template <typename T>
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+#if defined(DF_SIMT)
+  T a, b;
+  from_float(&a, low);
+  from_float(&b, high);
+  return a.bits | static_cast<uint32_t>(b.bits) << 16;
+#else
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16_t>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#endif
+}
+template <typename T>
+__device__ __forceinline__ float unpack(uint32_t pair, int which) {
+  if constexpr (std::is_same_v<T, bf16_t>)
+    return bits_float(which ? pair & 0xffff0000u : pair << 16);
+  else
+    return to_float(T{static_cast<uint16_t>(pair >> 16 * which)});
+}
 
 // 2^x, about 2 ulp; what would be subnormal is 0
 __device__ __forceinline__ float fast_exp2(float x) {
@@ -54,6 +96,18 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #else
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// log2 of a normal x > 0, off by at most 2^-22 between 1/2 and 2, elsewhere by 2 ulp. The executor's is made as coarse.
+__device__ __forceinline__ float fast_log2(float x) {
+#if defined(DF_SIMT)
+  const float y = log2f(x);
+  return fabsf(y) < 1.0f ? rintf(y * 0x1p21f) * 0x1p-21f : bits_float((float_bits(y) + 2u) & ~3u);
+#else
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
 }

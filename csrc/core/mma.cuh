@@ -18,19 +18,6 @@ namespace dalle_fast {
 #if defined(DF_SIMT)
 
 template <typename T>
-__device__ __forceinline__ uint32_t pack2(float low, float high) {
-  T a, b;
-  from_float(&a, low);
-  from_float(&b, high);
-  return a.bits | static_cast<uint32_t>(b.bits) << 16;
-}
-
-template <typename T>
-__device__ __forceinline__ float unpack(uint32_t pair, int which) {
-  return to_float(T{static_cast<uint16_t>(pair >> 16 * which)});
-}
-
-template <typename T>
 __device__ inline void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b) {
   struct Lane {
     float* c;
@@ -113,16 +100,6 @@ __device__ __forceinline__ void copy_async_wait() {
 }
 
 #else
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack2(float low, float high) {
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, bf16_t>)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
 
 template <typename T>
 __device__ __forceinline__ void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b) {

@@ -56,7 +56,33 @@ DF_INLINE VecF gumbel(VecU word) {
   const VecF u = (__builtin_convertvector(bits, VecF) + splat(0.5f)) * splat(0x1p-24f);
   const VecF t = (__builtin_convertvector(splat_i(0xffffff) - bits, VecF) + splat(0.5f)) * splat(0x1p-24f);
   const VecI near_one = t < splat(0.29289f);
-  return -log(near_one ? -log_reduced(-t, VecF{}) : -log(u));
+  // ln((1 + m) 2^e): u = 2^e (1 + m) with 1 + m in [sqrt(1/2), sqrt(2)), or e = 0 and m = -t
+  const VecI u_bits = bit_cast<VecI>(u);
+  const VecI e = near_one ? VecI{} : (u_bits - 0x3f3504f3) >> 23;
+  const VecF m = near_one ? -t : bit_cast<VecF>(u_bits - (e << 23)) - splat(1.0f);
+  return -log_normal(-log_reduced(m, __builtin_convertvector(e, VecF)));
+}
+
+struct NoiseKey {
+  uint32_t k0, k1, c2, c3;
+};
+
+DF_INLINE NoiseKey noise_key(uint64_t seed, uint64_t offset) {
+  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(offset),
+          static_cast<uint32_t>(offset >> 32)};
+}
+
+constexpr int kNoiseCodes = 4 * kLanes;  // of kLanes generators
+
+// Noise of codes [first, first + kNoiseCodes) of one row, in their order; first is a multiple of 4.
+DF_INLINE void gumbel_of_codes(VecF (&noise)[4], int64_t first, uint32_t row, const NoiseKey& key) {
+  const VecU block = (VecU)lane_index() + static_cast<uint32_t>(first / 4);
+  const PhiloxLanes lanes = philox_lanes(block, splat_u(row), splat_u(key.c2), splat_u(key.c3), key.k0, key.k1);
+  VecU even[2], odd[2], words[4];  // of words 0 and 2, of words 1 and 3
+  interleave(lanes.word[0], lanes.word[2], &even[0], &even[1]);
+  interleave(lanes.word[1], lanes.word[3], &odd[0], &odd[1]);
+  for (int i = 0; i < 2; ++i) interleave(even[i], odd[i], &words[2 * i], &words[2 * i + 1]);
+  for (int k = 0; k < 4; ++k) noise[k] = gumbel(words[k]);
 }
 
 }  // namespace DF_CPU_NAMESPACE

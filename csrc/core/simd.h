@@ -63,6 +63,19 @@ DF_INLINE V select(VecI mask, V a, V b) {
 }
 DF_INLINE VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 DF_INLINE VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
+DF_INLINE bool any_greater(VecF a, VecF b) {  // in some lane; NaN is not greater
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(a > b)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)(a > b)) != 0;
+#else
+  for (int i = 0; i < kLanes; ++i)
+    if (a[i] > b[i]) return true;
+  return false;
+#endif
+}
 DF_INLINE VecF vabs(VecF a) { return bit_cast<VecF>(bit_cast<VecU>(a) & 0x7fffffffu); }
 
 DF_INLINE VecF vsqrt(VecF a) {
@@ -182,19 +195,20 @@ DF_INLINE void store1(fp16* p, float x) { p->bits = to_fp16(splat(x))[0]; }
 
 // ---- transposition
 
+// a[0] b[0] a[1] b[1] ...
+template <typename V>
+DF_INLINE void interleave(V a, V b, V* first, V* second) {
+  VecI low = {};
+  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + i % 2 * kLanes;
+  *first = __builtin_shuffle(a, b, low);
+  *second = __builtin_shuffle(a, b, low + kLanes / 2);
+}
+
 // v[i][j] <-> v[j][i], in log2(kLanes) rounds that interleave the halves of the list
 DF_INLINE void transpose(VecU (&v)[kLanes]) {
-  VecU low = {}, high = {};
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + i % 2 * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
   for (int width = 1; width < kLanes; width *= 2) {
     VecU w[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) {
-      w[2 * i] = __builtin_shuffle(v[i], v[i + kLanes / 2], low);
-      w[2 * i + 1] = __builtin_shuffle(v[i], v[i + kLanes / 2], high);
-    }
+    for (int i = 0; i < kLanes / 2; ++i) interleave(v[i], v[i + kLanes / 2], &w[2 * i], &w[2 * i + 1]);
     for (int i = 0; i < kLanes; ++i) v[i] = w[i];
   }
 }
@@ -231,6 +245,23 @@ DF_INLINE float hmax(VecF v) {
   return a[0];
 #endif
 }
+
+// Within its scope this thread takes subnormal numbers for zero and makes none: one of them in a vector may cost some
+// 150 cycles, and low temperatures make many.
+class FlushSubnormals {
+ public:
+#if defined(__SSE2__)
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040u); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned before_;
+#else
+  FlushSubnormals() {}
+#endif
+};
 
 // ---- elementary functions (coefficients: Cephes, S. Moshier), about 1 ulp
 
@@ -295,6 +326,13 @@ DF_INLINE VecF log_reduced(VecF m, VecF ef) {
   VecF y = p * m * z + ef * splat(-2.12194440e-4f);
   y = y - splat(0.5f) * z;
   return m + y + ef * splat(0.693359375f);
+}
+
+// log(x) of normal, finite x > 0
+DF_INLINE VecF log_normal(VecF x) {
+  const VecI bits = bit_cast<VecI>(x);
+  const VecI e = (bits - 0x3f3504f3) >> 23;  // so that x / 2^e is in [sqrt(1/2), sqrt(2))
+  return log_reduced(bit_cast<VecF>(bits - (e << 23)) - splat(1.0f), __builtin_convertvector(e, VecF));
 }
 
 // log(x) for x > 0; 0 gives -Inf, negative and NaN give NaN, Inf stays Inf. Accurate near 1 (relative to the result).

@@ -16,14 +16,27 @@ inline constexpr uint32_t kPhiloxMul0 = 0xD2511F53u, kPhiloxMul1 = 0xCD9E8D57u;
 inline constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
 inline constexpr int kPhiloxRounds = 10;
 
+struct WideProduct {
+  uint32_t low, high;
+};
+DF_HD WideProduct multiply_wide(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)  // one instruction; nvcc adds a zero to the upper half of a 64-bit product
+  WideProduct p;
+  asm("{ .reg .b64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0, %1}, p; }" : "=r"(p.low), "=r"(p.high) : "r"(a), "r"(b));
+  return p;
+#else
+  const uint64_t p = static_cast<uint64_t>(a) * b;
+  return {static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32)};
+#endif
+}
+
 DF_HD Philox4 philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(kPhiloxMul0) * c0;
-    const uint64_t p1 = static_cast<uint64_t>(kPhiloxMul1) * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(p0);
+    const WideProduct p0 = multiply_wide(c0, kPhiloxMul0), p1 = multiply_wide(c2, kPhiloxMul1);
+    c0 = p1.high ^ c1 ^ k0;
+    c1 = p1.low;
+    c2 = p0.high ^ c3 ^ k1;
+    c3 = p0.low;
     k0 += kPhiloxWeyl0;
     k1 += kPhiloxWeyl1;
   }
