@@ -26,6 +26,7 @@ inline constexpr int kLanes = kVecBytes / 4;
 typedef float VecF __attribute__((vector_size(kVecBytes)));
 typedef int32_t VecI __attribute__((vector_size(kVecBytes)));
 typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
+typedef int64_t VecL __attribute__((vector_size(kVecBytes)));       // half as many 64-bit lanes
 typedef uint16_t VecH __attribute__((vector_size(kVecBytes / 2)));  // 16-bit storage, half as many bytes
 
 struct bf16 {
@@ -195,21 +196,35 @@ DF_INLINE void store1(fp16* p, float x) { p->bits = to_fp16(splat(x))[0]; }
 
 // ---- transposition
 
-// a[0] b[0] a[1] b[1] ...
-template <typename V>
-DF_INLINE void interleave(V a, V b, V* first, V* second) {
-  VecI low = {};
-  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + i % 2 * kLanes;
-  *first = __builtin_shuffle(a, b, low);
-  *second = __builtin_shuffle(a, b, low + kLanes / 2);
-}
-
 // v[i][j] <-> v[j][i], in log2(kLanes) rounds that interleave the halves of the list
 DF_INLINE void transpose(VecU (&v)[kLanes]) {
+  VecU low = {}, high = {};
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
   for (int width = 1; width < kLanes; width *= 2) {
     VecU w[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) interleave(v[i], v[i + kLanes / 2], &w[2 * i], &w[2 * i + 1]);
+    for (int i = 0; i < kLanes / 2; ++i) {
+      w[2 * i] = __builtin_shuffle(v[i], v[i + kLanes / 2], low);
+      w[2 * i + 1] = __builtin_shuffle(v[i], v[i + kLanes / 2], high);
+    }
     for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+  }
+}
+
+// The four words of each lane, one after the other: lane 4 j + i becomes words 4 j ... 4 j + 3 of result i. In blocks of
+// 128 bits, where shuffles are cheap.
+DF_INLINE void join_words(VecU (&out)[4], const VecU (&word)[4]) {
+  VecI low = {};
+  VecL low_pair = {};
+  for (int i = 0; i < kLanes; ++i) low[i] = i / 4 * 4 + i % 4 / 2 + i % 2 * kLanes;
+  for (int i = 0; i < kLanes / 2; ++i) low_pair[i] = i / 2 * 2 + i % 2 * (kLanes / 2);
+  for (int i = 0; i < 2; ++i) {
+    const VecL first = (VecL)__builtin_shuffle(word[0], word[1], low + 2 * i);
+    const VecL second = (VecL)__builtin_shuffle(word[2], word[3], low + 2 * i);
+    out[2 * i] = (VecU)__builtin_shuffle(first, second, low_pair);
+    out[2 * i + 1] = (VecU)__builtin_shuffle(first, second, low_pair + 1);
   }
 }
 
@@ -311,28 +326,35 @@ DF_INLINE VecF exp(VecF x) {
 #endif
 }
 
-// ln((1 + m) * 2^ef) for m in [sqrt(1/2) - 1, sqrt(2) - 1]
+// ln((1 + m) * 2^ef) for m in [sqrt(1/2) - 1, sqrt(2) - 1], in place of m. N vectors side by side: one alone would wait
+// for its own chain of products.
+template <int N>
+DF_INLINE void log_reduced(VecF (&m)[N], const VecF (&ef)[N]) {
+  constexpr float kCoefficients[] = {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                                     -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  VecF p[N];
+  for (int k = 0; k < N; ++k) p[k] = splat(7.0376836292e-2f);
+  for (const float c : kCoefficients)
+    for (int k = 0; k < N; ++k) p[k] = p[k] * m[k] + splat(c);
+  for (int k = 0; k < N; ++k) {
+    const VecF z = m[k] * m[k];
+    p[k] = p[k] * m[k] * z + ef[k] * splat(-2.12194440e-4f);
+    p[k] = p[k] - splat(0.5f) * z;
+  }
+  for (int k = 0; k < N; ++k) m[k] = m[k] + p[k] + ef[k] * splat(0.693359375f);
+}
 DF_INLINE VecF log_reduced(VecF m, VecF ef) {
-  const VecF z = m * m;
-  VecF p = splat(7.0376836292e-2f);
-  p = p * m + splat(-1.1514610310e-1f);
-  p = p * m + splat(1.1676998740e-1f);
-  p = p * m + splat(-1.2420140846e-1f);
-  p = p * m + splat(1.4249322787e-1f);
-  p = p * m + splat(-1.6668057665e-1f);
-  p = p * m + splat(2.0000714765e-1f);
-  p = p * m + splat(-2.4999993993e-1f);
-  p = p * m + splat(3.3333331174e-1f);
-  VecF y = p * m * z + ef * splat(-2.12194440e-4f);
-  y = y - splat(0.5f) * z;
-  return m + y + ef * splat(0.693359375f);
+  VecF result[1] = {m};
+  const VecF exponent[1] = {ef};
+  log_reduced(result, exponent);
+  return result[0];
 }
 
-// log(x) of normal, finite x > 0
-DF_INLINE VecF log_normal(VecF x) {
-  const VecI bits = bit_cast<VecI>(x);
-  const VecI e = (bits - 0x3f3504f3) >> 23;  // so that x / 2^e is in [sqrt(1/2), sqrt(2))
-  return log_reduced(bit_cast<VecF>(bits - (e << 23)) - splat(1.0f), __builtin_convertvector(e, VecF));
+// Normal, finite x > 0 as (1 + m) 2^e with 1 + m in [sqrt(1/2), sqrt(2)); x becomes m.
+DF_INLINE VecI split_exponent(VecF& x) {
+  const VecI bits = bit_cast<VecI>(x), e = (bits - 0x3f3504f3) >> 23;
+  x = bit_cast<VecF>(bits - (e << 23)) - splat(1.0f);
+  return e;
 }
 
 // log(x) for x > 0; 0 gives -Inf, negative and NaN give NaN, Inf stays Inf. Accurate near 1 (relative to the result).

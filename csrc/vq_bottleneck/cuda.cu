@@ -122,13 +122,13 @@ __device__ __forceinline__ Sums merge_warps(Sums sums, float inverse_tau) {
 }
 
 template <typename T, unsigned kTeam, int kGroups>
-__global__ void __launch_bounds__(kThreads) relax(const Params p) {
+__global__ void __launch_bounds__(kThreads) relax(const RelaxParams p) {
   using Work = Team<kTeam, kGroups>;
   const int64_t row = Work::row();
   if (row >= p.num_rows) return;  // whole warps
   const float* const logits = p.logits + row * p.stride;
-  const uint32_t number = p.first_row + static_cast<uint32_t>(row);
-  const NoiseSource noise(p.seed, p.offset);
+  const uint32_t number = p.noise.first_row + static_cast<uint32_t>(row);
+  const NoiseSource noise(p.noise.seed, p.noise.offset);
 
   float z[kGroups][4];  // perturbed logits, then exponentials
   Sums sums{kLowest, 0.0f, kLowest, 0.0f, 0.0f};
@@ -144,14 +144,14 @@ __global__ void __launch_bounds__(kThreads) relax(const Params p) {
         top_logit = fmaxf(top_logit, x[i][k]);
       }
     });
-    sums.raise(warp_max(top), warp_max(top_logit), p.inverse_tau);
+    sums.raise(warp_max(top), warp_max(top_logit), p.noise.inverse_tau);
     Work::for_each_group(first, p.num_codes, [&](int i, int64_t) {
       DF_UNROLL
       for (int k = 0; k < 4; ++k) {
         const float d = x[i][k] - sums.largest_logit, q = fast_exp(d);
         sums.sum_q += q;
         sums.sum_qx += q * fmaxf(d, kLeastLog);  // 0 * -Inf would not be 0
-        z[i][k] = fast_exp((z[i][k] - sums.largest) * p.inverse_tau);
+        z[i][k] = fast_exp((z[i][k] - sums.largest) * p.noise.inverse_tau);
         sums.sum += z[i][k];
       }
     });
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) relax(const Params p) {
   sums.sum = warp_sum(sums.sum);
   sums.sum_q = warp_sum(sums.sum_q);
   sums.sum_qx = warp_sum(sums.sum_qx);
-  sums = merge_warps<kTeam>(sums, p.inverse_tau);
+  sums = merge_warps<kTeam>(sums, p.noise.inverse_tau);
 
   const float inverse_sum = 1.0f / sums.sum;
   if (threadIdx.x % kTeam == 0) {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) relax(const Params p) {
   }
   T* const y = static_cast<T*>(p.y) + row * p.stride;
   if (p.num_codes <= Work::kTile) {
-    const float scale = fast_exp((shift - sums.largest) * p.inverse_tau) * inverse_sum;
+    const float scale = fast_exp((shift - sums.largest) * p.noise.inverse_tau) * inverse_sum;
     Work::for_each_group(0, p.num_codes, [&](int i, int64_t c) {
       DF_UNROLL
       for (int k = 0; k < 4; ++k) z[i][k] *= scale;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) relax(const Params p) {
       const Philox4 words = noise.words(static_cast<uint32_t>(c / 4), number);
       DF_UNROLL
       for (int k = 0; k < 4; ++k)
-        z[i][k] = fast_exp((add_gumbel(z[i][k], words.word[k]) - sums.largest) * p.inverse_tau) * inverse_sum;
+        z[i][k] = fast_exp((add_gumbel(z[i][k], words.word[k]) - sums.largest) * p.noise.inverse_tau) * inverse_sum;
       store_four(y + c, z[i]);
     });
 }
@@ -214,8 +214,8 @@ __global__ void __launch_bounds__(kThreads) gradient(const GradientParams p) {
   const float* const dy = p.dy + row * p.stride;
   T* const y = static_cast<T*>(p.y) + row * p.stride;
   T* const dlogits = static_cast<T*>(p.dlogits) + row * p.stride;
-  const uint32_t number = p.first_row + static_cast<uint32_t>(row);
-  const NoiseSource noise(p.seed, p.offset);
+  const uint32_t number = p.noise.first_row + static_cast<uint32_t>(row);
+  const NoiseSource noise(p.noise.seed, p.noise.offset);
   const RowStats stats = p.stats[row];
   const float dkl = p.dkl[row], entropy = logf(static_cast<float>(p.num_codes)) - p.kl[row];
 
@@ -227,10 +227,10 @@ __global__ void __launch_bounds__(kThreads) gradient(const GradientParams p) {
     const Philox4 words = noise.words(static_cast<uint32_t>(c / 4), number);
     DF_UNROLL
     for (int k = 0; k < 4; ++k) {
-      relaxed[k] = fast_exp((add_gumbel(x[k], words.word[k]) - stats.largest) * p.inverse_tau) * stats.inverse_sum;
+      relaxed[k] = fast_exp((add_gumbel(x[k], words.word[k]) - stats.largest) * p.noise.inverse_tau) * stats.inverse_sum;
       const float log_q = fmaxf(x[k] - stats.largest_logit - stats.log_sum, kLeastLog);
       const float product = c + k < p.num_codes ? relaxed[k] * upstream[k] : 0.0f;
-      dl[k] = product * p.inverse_tau + dkl * fast_exp(log_q) * (log_q + entropy);
+      dl[k] = product * p.noise.inverse_tau + dkl * fast_exp(log_q) * (log_q + entropy);
       sum += product;
     }
     return sum;
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) gradient(const GradientParams p) {
   float relaxed[kGroups][4], dl[kGroups][4], sum = 0.0f;
   for (int64_t first = 0; first < p.num_codes; first += Work::kTile)
     Work::for_each_group(first, p.num_codes, [&](int i, int64_t c) { sum += compute(relaxed[i], dl[i], c); });
-  const float mean = team_sum<kTeam>(sum) * p.inverse_tau;
+  const float mean = team_sum<kTeam>(sum) * p.noise.inverse_tau;
   for (int64_t first = 0; first < p.num_codes; first += Work::kTile)
     Work::for_each_group(first, p.num_codes, [&](int i, int64_t c) {
       if (p.num_codes > Work::kTile) compute(relaxed[i], dl[i], c);
@@ -262,7 +262,7 @@ void with_team(int64_t num_codes, F f) {
 }
 
 template <typename T, unsigned kTeam, int kGroups>
-void launch(const Params& p, unsigned blocks, void* stream) {
+void launch(const RelaxParams& p, unsigned blocks, void* stream) {
   DF_LAUNCH((relax<T, kTeam, kGroups>), blocks, kThreads, 0, stream, p);
 }
 template <typename T, unsigned kTeam, int kGroups>
@@ -288,7 +288,7 @@ void run(const P& p, void* stream) {
 
 }  // namespace
 
-void relax_cuda(const Params& p, void* stream) { run(p, stream); }
+void relax_cuda(const RelaxParams& p, void* stream) { run(p, stream); }
 void gradient_cuda(const GradientParams& p, void* stream) { run(p, stream); }
 
 }  // namespace dalle_fast::vq_bottleneck

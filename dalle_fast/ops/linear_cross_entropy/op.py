@@ -12,7 +12,6 @@ import threading
 
 import torch
 
-from .._autocast import without_autocast
 from .._backend import _C, stream_of
 from .._register import no_second_derivative, register_op
 
@@ -57,7 +56,6 @@ def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-@without_autocast
 def _implementation(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -68,6 +66,13 @@ def _implementation(
     needs: int,
     chunk_rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if torch.is_autocast_enabled(x.device.type):  # the products below are in `compute` already
+        with torch.autocast(x.device.type, enabled=False):
+            return _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows)
+    return _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows)
+
+
+def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
     num_rows, num_codes = x.shape[0], weight.shape[0]
     count = _count_targets(target, num_codes, ignore_index)
     scale = 1.0 / count if count else 0.0  # no target counts: zero gradients, and the loss is 0 / 0 as in torch

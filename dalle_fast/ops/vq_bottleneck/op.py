@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""torch's view of vq_bottleneck: schema, chunking, matrix products, autograd.
+"""torch's view of vq_bottleneck: schema, allocation, autograd, and on CUDA the chunks and their matrix products.
 
-Rows (grid cells) go in chunks whose logits fit a second-level cache. Forward: logits by one product into a buffer that
-all chunks share, one kernel that turns them into y in place, one product into out; four statistics a row are kept.
-Backward: the logits and dy by two products, one kernel that turns them into dlogits and y in place, and one product
-for each gradient that is wanted.
+The CPU's kernels do the whole op, in float32. On CUDA rows (grid cells) go in chunks whose logits fit the second-level
+cache. Forward: logits by one product into a buffer that all chunks share, one kernel that turns them into y in place,
+one product into out. Backward: the logits and dy by two products, one kernel that turns them into dlogits and y in
+place, and one product for each gradient that is wanted. Either way four statistics a row are kept between the two.
 
-Logits and dy are float32 whatever the operands. y and dlogits are operands again: bfloat16 beside bfloat16, float32
-beside float32 and float16 (float16 products run at a fortieth of float32's speed on CPU, and dlogits would underflow).
+On CUDA logits and dy are float32 whatever the operands; y and dlogits become operands again, bfloat16 beside bfloat16,
+else float32 (in float16 dlogits would underflow).
 """
 
 from __future__ import annotations
@@ -20,16 +20,32 @@ from .._register import no_second_derivative, register_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Logits of a chunk: with dy twice 8 MiB, which stay in the second-level cache of a GPU and the last of a CPU.
-_MAX_LOGITS = 1 << 21
+# Logits of a chunk: on CUDA 8 MiB, which stay in the second-level cache with as much of dy. The CPU works in tiles and
+# needs chunks only for sums over rows: enough rows to share out.
+_CUDA_LOGITS = 1 << 21
+_CPU_LOGITS, _CPU_ROWS = 1 << 22, 512
 # But as many rows as x has channels (up to this number): adding to the [V, C] gradient once a chunk then costs no more
 # than a pass over the logits.
-_MIN_ROWS = 1024
+_CHANNELS = 1024
 
 
-def chunk_rows(num_rows: int, num_channels: int, num_codes: int) -> int:
+def chunk_rows(num_rows: int, num_channels: int, num_codes: int, whole: bool) -> int:
     """Rows whose logits exist at a time."""
-    return max(1, min(num_rows, max(_MAX_LOGITS // max(num_codes, 1), min(num_channels, _MIN_ROWS))))
+    fitting = min(_CPU_ROWS, _CPU_LOGITS // num_codes) if whole else _CUDA_LOGITS // num_codes
+    return max(1, min(num_rows, max(fitting, min(num_channels, _CHANNELS))))
+
+
+def _padded(n: int) -> int:
+    """Kernels read and write whole vectors."""
+    return -(-n // 16) * 16
+
+
+def _is_whole(x: torch.Tensor) -> bool:
+    """Whether kernels do the whole op; the host executor has those for CUDA only."""
+    return x.device.type == "cpu" and hasattr(_C, "vq_bottleneck_forward")
+
+
+# ---- rows and their memory
 
 
 def _channels_last(x: torch.Tensor) -> bool:
@@ -37,104 +53,166 @@ def _channels_last(x: torch.Tensor) -> bool:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[N, C] of [B, C, h, w] or of [N, C], rows dense; a view where channels are innermost in memory."""
+    """[N, C] of [B, C, h, w] or of [N, C], dense; a view where channels are innermost in memory."""
     return (x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) if x.dim() == 4 else x).contiguous()
 
 
 def _like(x: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`rows` [N, D] with the dimensions of `x` and its order of memory."""
-    rows = rows.to(dtype)
+    rows = rows.to(dtype).contiguous()
     if x.dim() == 2:
         return rows
     images = rows.view(x.shape[0], x.shape[2], x.shape[3], rows.shape[1]).permute(0, 3, 1, 2)
     return images if _channels_last(x) else images.contiguous()
 
 
-def _operand(compute: torch.dtype) -> torch.dtype:
-    """The dtype of y and dlogits."""
-    return torch.bfloat16 if compute == torch.bfloat16 else torch.float32
+def _kl_shape(x: torch.Tensor) -> torch.Size:
+    return x.shape[:1] + x.shape[2:]
+
+
+def _float(tensor: torch.Tensor | None, operand: torch.dtype = torch.float32) -> torch.Tensor | None:
+    """Dense float32, rounded to the operands' dtype."""
+    return None if tensor is None else tensor.to(operand).float().contiguous()
+
+
+# ---- chunks
 
 
 class _Chunk:
-    """The buffers that all chunks of a call share, and float32 products into them."""
+    """The buffers that all chunks of a call share, and products of their rows."""
 
     def __init__(self, rows: torch.Tensor, num_codes: int) -> None:
         num_rows, num_channels = rows.shape
-        self.num_rows = chunk_rows(num_rows, num_channels, num_codes)
+        self.num_rows = chunk_rows(num_rows, num_channels, num_codes, whole=False)
         self.parts = [slice(i, min(i + self.num_rows, num_rows)) for i in range(0, num_rows, self.num_rows)]
         self.num_codes = num_codes
         self.like = rows
-        # CUDA makes float32 of 16-bit operands; elsewhere they are raised first
-        self.dtype = rows.dtype if rows.is_cuda else torch.float32
+        self.operand = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32  # of y and dlogits
 
-    def buffer(self, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, V] and some padding, so that kernels load whole vectors."""
-        return self.like.new_empty(min(self.num_rows, self.like.shape[0]), -(-self.num_codes // 16) * 16, dtype=dtype)
+    def buffer(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.like.new_empty(self.num_rows, _padded(self.num_codes), dtype=dtype)
+
+    def twin(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Where float32 results go that become operands: in place, if they can."""
+        return buffer if self.operand == torch.float32 else self.buffer(self.operand)
 
     def codes(self, buffer: torch.Tensor) -> torch.Tensor:
         """`buffer` without its padding."""
         return buffer if buffer.shape[1] == self.num_codes else buffer[:, : self.num_codes]
 
-    def product(self, buffer: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        """buffer = a b for b in `self.dtype`."""
-        if self.dtype == torch.float32:
-            torch.mm(a.float(), b, out=self.codes(buffer))
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=self.codes(buffer))
 
-
-def _add(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
-    if first:
-        total.copy_(part)
-    else:
-        total.add_(part)
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a b in float32. CUDA adds up and returns float32 of 16-bit operands; the host executor's are raised first."""
+    if a.dtype != torch.float32 and a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """total (+)= a b in float32."""
-    if a.dtype != torch.float32:
-        _add(total, torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b), first)
-    elif first:
-        torch.mm(a, b, out=total)
-    else:
+    if first:
+        _product(a, b, out=total)
+    elif a.dtype == torch.float32:
         total.addmm_(a, b)
+    else:
+        total.add_(_product(a, b))
 
 
-def _float_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.float().contiguous()
-
-
-def _kl_shape(x: torch.Tensor) -> torch.Size:
-    return x.shape[:1] + x.shape[2:]
-
-
-@without_autocast
-def _forward(x, head_weight, head_bias, codebook, codebook_bias, tau, seed, offset, row_offset, compute):
-    operand = _operand(compute)
-    rows = _rows(x).to(compute)
-    num_codes = head_weight.shape[0]
-    chunk = _Chunk(rows, num_codes)
-    weight = head_weight.to(compute).to(chunk.dtype).t()
-    bias = _float_bias(head_bias)
-    codes = codebook.to(compute).to(operand).t()
-    code_bias = None if codebook_bias is None else codebook_bias.to(compute).to(operand)
-
-    out = x.new_empty(rows.shape[0], codebook.shape[0], dtype=operand)
-    kl = x.new_empty(rows.shape[0], dtype=torch.float32)
-    stats = x.new_empty(rows.shape[0], 4, dtype=torch.float32)
-    logits_buffer = chunk.buffer(torch.float32)
-    y_buffer = logits_buffer if operand == torch.float32 else chunk.buffer(operand)
-    stream = stream_of(x)
+def _forward_chunks(rows, head_weight, head_bias, codebook, codebook_bias, kl, stats, noise):
+    tau, seed, offset, row_offset = noise
+    chunk = _Chunk(rows, head_weight.shape[0])
+    weight, bias = head_weight.to(rows.dtype).t(), _float(head_bias)
+    codes = codebook.to(rows.dtype).to(chunk.operand).t()
+    code_bias = None if codebook_bias is None else codebook_bias.to(rows.dtype).to(chunk.operand)
+    out = rows.new_empty(rows.shape[0], codebook.shape[0], dtype=chunk.operand)
+    logits_buffer = chunk.buffer()
+    y_buffer = chunk.twin(logits_buffer)
+    stream = stream_of(rows)
     for part in chunk.parts:
-        count = part.stop - part.start
-        logits, y = logits_buffer[:count], y_buffer[:count]
-        chunk.product(logits, rows[part], weight)
-        noise = (tau, seed, offset, row_offset + part.start)
-        _C.vq_bottleneck_relax(y, kl[part], stats[part], logits, bias, num_codes, *noise, stream)
+        logits, y = (buffer[: part.stop - part.start] for buffer in (logits_buffer, y_buffer))
+        _product(rows[part], weight, out=chunk.codes(logits))
+        numbers = (chunk.num_codes, tau, seed, offset, row_offset + part.start)
+        _C.vq_bottleneck_relax(y, kl[part], stats[part], logits, bias, *numbers, stream)
         if code_bias is None:
             torch.mm(chunk.codes(y), codes, out=out[part])
         else:
             torch.addmm(code_bias, chunk.codes(y), codes, out=out[part])
+    return out
+
+
+def _backward_chunks(rows, head_weight, head_bias, codebook, kl, stats, dout, dkl, noise, needs):
+    tau, seed, offset, row_offset = noise
+    chunk = _Chunk(rows, head_weight.shape[0])
+    weight, codes, bias = head_weight.to(rows.dtype), codebook.to(rows.dtype), _float(head_bias)
+    weight_operand, rows_operand, dout_operand = (t.to(chunk.operand) for t in (weight, rows, dout))
+    dx = rows.new_empty(rows.shape, dtype=chunk.operand) if needs[0] else None
+    dweight, dbias, dcodes = (
+        t.new_empty(t.shape, dtype=torch.float32) if wanted else None
+        for t, wanted in zip((head_weight, head_bias, codebook), needs[1:])
+    )
+    logits_buffer, dy_buffer = chunk.buffer(), chunk.buffer()
+    buffers = (logits_buffer, dy_buffer, chunk.twin(logits_buffer), chunk.twin(dy_buffer))
+    stream = stream_of(rows)
+    for part in chunk.parts:
+        logits, dy, dlogits, y = (buffer[: part.stop - part.start] for buffer in buffers)
+        _product(rows[part], weight.t(), out=chunk.codes(logits))
+        _product(dout[part], codes, out=chunk.codes(dy))
+        upstream = (dy, stats[part], kl[part], dkl[part])
+        numbers = (chunk.num_codes, tau, seed, offset, row_offset + part.start)
+        _C.vq_bottleneck_gradient(y, dlogits, logits, bias, *upstream, *numbers, stream)
+        dlogits, y, first = chunk.codes(dlogits), chunk.codes(y), part.start == 0
+        if dx is not None:
+            torch.mm(dlogits, weight_operand, out=dx[part])
+        if dweight is not None:
+            _add_product(dweight, dlogits.t(), rows_operand[part], first)
+        if dcodes is not None:
+            _add_product(dcodes, dout_operand[part].t(), y, first)
+        if dbias is not None:
+            sums = torch.sum(dlogits, 0, dtype=torch.float32)
+            dbias = sums if first else dbias.add_(sums)
+    return dx, dweight, dbias, dcodes
+
+
+# ---- the whole
+
+
+def _forward_whole(rows, head_weight, head_bias, codebook, codebook_bias, kl, stats, noise):
+    (num_codes, num_channels), width = head_weight.shape, codebook.shape[0]
+    cast = [_float(t, rows.dtype) for t in (rows, head_weight, head_bias, codebook, codebook_bias)]
+    out = cast[0].new_empty(rows.shape[0], _padded(width))
+    workspace = cast[0].new_empty(num_channels * _padded(num_codes) + num_codes * _padded(width))
+    _C.vq_bottleneck_forward(out, kl, stats, *cast, workspace, *noise)
+    return out[:, :width]
+
+
+def _backward_whole(rows, head_weight, head_bias, codebook, kl, stats, dout, dkl, noise, needs):
+    (num_codes, num_channels), width = head_weight.shape, codebook.shape[0]
+    chunk = chunk_rows(rows.shape[0], num_channels, num_codes, whole=True)
+    inputs = [_float(t, rows.dtype) for t in (rows, head_weight, head_bias, codebook)]
+    empty = inputs[0].new_empty
+    dx = empty(rows.shape[0], _padded(num_channels)) if needs[0] else None
+    dweight = empty(num_codes, _padded(num_channels)) if needs[1] else None
+    dbias = empty(num_codes) if needs[2] else None
+    dcodes = empty(width, _padded(num_codes)) if needs[3] else None
+    # an odd number of vectors apart: rows at one column would fall into the same sets of a cache
+    buffers = [empty(chunk, _padded(num_codes) + 16) for _ in range(2)]
+    workspace = empty((num_channels + width) * _padded(num_codes) + (num_codes + chunk) * _padded(num_channels))
+    upstream = (stats, kl, _float(dout), dkl)
+    _C.vq_bottleneck_backward(dx, dweight, dbias, dcodes, *inputs, *upstream, *buffers, workspace, *noise)
+    cut = lambda t, columns: None if t is None else t[:, :columns]  # noqa: E731
+    return cut(dx, num_channels), cut(dweight, num_channels), dbias, cut(dcodes, num_codes)
+
+
+# ---- the op
+
+
+@without_autocast
+def _forward(x, head_weight, head_bias, codebook, codebook_bias, tau, seed, offset, row_offset, compute):
+    rows = _rows(x).to(compute)
+    kl = x.new_empty(rows.shape[0], dtype=torch.float32)
+    stats = x.new_empty(rows.shape[0], 4, dtype=torch.float32)
+    run = _forward_whole if _is_whole(x) else _forward_chunks
+    noise = (tau, seed, offset, row_offset)
+    out = run(rows, head_weight, head_bias, codebook, codebook_bias, kl, stats, noise)
     return _like(x, out, compute), kl.view(_kl_shape(x)), stats
 
 
@@ -148,47 +226,18 @@ def _forward_fake(x, head_weight, head_bias, codebook, codebook_bias, tau, seed,
 def _gradients(
     x, head_weight, head_bias, codebook, kl, stats, dout, dkl, tau, seed, offset, row_offset, compute, needs
 ):
-    needs_x, needs_weight, needs_bias, needs_codebook, needs_codebook_bias = needs
-    operand = _operand(compute)
     rows, dout_rows = _rows(x).to(compute), _rows(dout).to(compute)
-    num_rows, num_codes = rows.shape[0], head_weight.shape[0]
-    chunk = _Chunk(rows, num_codes)
-    weight, codes = head_weight.to(compute), codebook.to(compute)
-    logit_weight, logit_codes = weight.to(chunk.dtype).t(), codes.to(chunk.dtype)
-    weight, rows_operand, dout_operand = weight.to(operand), rows.to(operand), dout_rows.to(operand)
-    bias = _float_bias(head_bias)
-    kl, dkl = kl.reshape(-1), dkl.reshape(-1).contiguous()
-
-    dx = x.new_empty(rows.shape if needs_x else 0, dtype=operand)
-    make = torch.empty if num_rows else torch.zeros
-    dweight, dbias, dcodes = (
-        make(t.shape if t is not None and wanted else 0, dtype=torch.float32, device=x.device)
-        for t, wanted in ((head_weight, needs_weight), (head_bias, needs_bias), (codebook, needs_codebook))
-    )
-    logits_buffer, dy_buffer = chunk.buffer(torch.float32), chunk.buffer(torch.float32)
-    in_place = operand == torch.float32
-    dlogits_buffer = logits_buffer if in_place else chunk.buffer(operand)
-    y_buffer = dy_buffer if in_place else chunk.buffer(operand)
-    stream = stream_of(x)
-    for part in chunk.parts:
-        first, count = part.start == 0, part.stop - part.start
-        logits, dy, dlogits, y = (b[:count] for b in (logits_buffer, dy_buffer, dlogits_buffer, y_buffer))
-        chunk.product(logits, rows[part], logit_weight)
-        chunk.product(dy, dout_rows[part], logit_codes)
-        upstream = (dy, stats[part], kl[part], dkl[part])
-        noise = (tau, seed, offset, row_offset + part.start)
-        _C.vq_bottleneck_gradient(y, dlogits, logits, bias, *upstream, num_codes, *noise, stream)
-        dlogits, y = chunk.codes(dlogits), chunk.codes(y)
-        if needs_x:
-            torch.mm(dlogits, weight, out=dx[part])
-        if needs_weight:
-            _add_product(dweight, dlogits.t(), rows_operand[part], first)
-        if needs_codebook:
-            _add_product(dcodes, dout_operand[part].t(), y, first)
-        if needs_bias:
-            _add(dbias, torch.sum(dlogits, 0, dtype=torch.float32), first)
-    dcodes_bias = dout_rows.sum(0, dtype=torch.float32) if needs_codebook_bias else dkl.new_empty(0)
-    return _like(x, dx, x.dtype) if needs_x else dx.to(x.dtype), dweight, dbias, dcodes, dcodes_bias
+    inputs = (head_weight, head_bias, codebook)
+    if rows.shape[0] == 0:
+        grads = [torch.zeros_like(t) if wanted else None for t, wanted in zip((rows, *inputs), needs)]
+    else:
+        run = _backward_whole if _is_whole(x) else _backward_chunks
+        upstream = (kl.reshape(-1), stats, dout_rows, dkl.reshape(-1).contiguous())
+        grads = run(rows, *inputs, *upstream, (tau, seed, offset, row_offset), needs)
+    dx, *others = grads
+    others.append(dout_rows.sum(0, dtype=torch.float32) if needs[4] else None)
+    others = (x.new_empty(0, dtype=torch.float32) if t is None else _float(t) for t in others)
+    return x.new_empty(0) if dx is None else _like(x, dx, x.dtype), *others
 
 
 def _gradients_fake(
@@ -196,9 +245,7 @@ def _gradients_fake(
 ):
     shapes = (head_weight.shape, head_weight.shape[:1], codebook.shape, codebook.shape[:1])
     dx = _like(x, x.new_empty(kl.numel(), x.shape[1]), x.dtype) if needs[0] else x.new_empty(0)
-    others = (
-        x.new_empty(shape if wanted else 0, dtype=torch.float32) for shape, wanted in zip(shapes, needs[1:])
-    )
+    others = (x.new_empty(shape if wanted else 0, dtype=torch.float32) for shape, wanted in zip(shapes, needs[1:]))
     return dx, *others
 
 
