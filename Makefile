@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 ARGS ?=
 SIMT := OFF
 
-.PHONY: demo test bench lint cuda sanitize build setup clean help
+.PHONY: demo test bench gpu torture lint cuda sanitize build setup clean help
 
 help:
 	@echo "make demo    train a small system on real data, about 16 minutes; writes runs/demo/report.html"
 	@echo "make test    build everything and run all tests"
 	@echo "make bench   time every op beside its peer"
+	@echo "make gpu     on a machine with an NVIDIA GPU: tests, sanitizers and benchmarks there, under ten minutes"
+	@echo "make torture  kill -9, signals, damage, full disks, bad data: every run must end as if nothing had been"
 	@echo "make lint    ruff and clang-format"
 	@echo "make cuda    compile all CUDA code for sm_80 and sm_90a, without a spilled register (needs nvcc)"
 	@echo "make sanitize  the CUDA kernels on the host executor under ASan and UBSan"
@@ -20,7 +22,15 @@ demo: setup
 	$(BIN)/dalle-fast demo $(ARGS)
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks -q --benchmark-disable-gc --benchmark-columns=min,median --benchmark-sort=name $(ARGS)
+	$(BIN)/python -m pytest benchmarks -q --timeout 600 --benchmark-disable-gc --benchmark-columns=min,median \
+	  --benchmark-sort=name --results benchmarks/results $(ARGS)
+
+# With the interpreter that has torch, without a network:   make gpu PYTHON=python3
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+torture: setup
+	$(BIN)/python tests/torture.py $(ARGS)
 
 test: SIMT := ON# the CUDA kernels on the host executor, csrc/simt/
 test: setup
@@ -29,7 +39,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 cuda: setup
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \

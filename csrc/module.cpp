@@ -67,6 +67,7 @@ PYBIND11_MODULE(DF_MODULE, m) {
   m.def("best_cpu_level", [] { return static_cast<int>(best_cpu_level()); });
   m.def("set_cpu_level", [](int level) { set_cpu_level(static_cast<CpuLevel>(level)); });
 #if defined(DF_SIMT)
+  m.attr("simt") = true;  // CUDA kernels, on CPU tensors
   m.def("simt_seed", &simt::seed);
   m.def("simt_remove_barrier", &simt::remove_barrier);
   m.def("simt_drop_last_block", &simt::drop_last_block);
@@ -86,6 +87,8 @@ PYBIND11_MODULE(DF_MODULE, m) {
     simt_controls::run(name, planted, &out, in);
     return out;
   });
+#else
+  m.attr("simt") = false;
 #endif
 #if defined(DF_WITH_CUDA)
   m.attr("cuda_archs") = DF_CUDA_ARCHS;

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ _EPILOG = """commands:
   sample     caption to ranked pictures
   complete   keep the top of a picture, draw the rest
   evaluate   numbers and a report about a trained system
+  bench      every op and training step beside its peers
   doctor     what is installed, what is missing, what to do
 
 dalle-fast <command> --help says more."""
@@ -212,6 +214,58 @@ def _evaluate(args: list[str]) -> None:
     print(f"report: {paths['report']}\nnumbers: {paths['json']}")
 
 
+def _bench(args: list[str]) -> None:
+    parser = _parser(
+        "bench", "Times every op and whole training steps beside their peers, each checked against float64."
+    )
+    parser.add_argument("--only", default="", help="rows whose name matches this pattern")
+    parser.add_argument("--peers", default="", help="peers whose name matches this pattern")
+    parser.add_argument("--list", action="store_true", help="print the rows and stop")
+    parser.add_argument("--threads", type=int, default=0, help="of PyTorch and of our kernels; 0: as PyTorch chooses")
+    parser.add_argument("--seconds", type=float, default=1000.0, help="rows that begin later are timed without peers")
+    parser.add_argument("--out", default="", help="folder for JSON and HTML; empty: print only")
+    parser.add_argument("--check", default="", help="JSON of an earlier run: fail where a ratio fell under 0.7 of it")
+    parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="two JSON files: print both and stop")
+    arguments = parser.parse_args(args)
+    import torch
+
+    from . import bench
+
+    if arguments.compare:
+        print(bench.compare(*map(bench.load, arguments.compare)))
+        return
+    for name in ("only", "peers"):
+        try:
+            re.compile(getattr(arguments, name))
+        except re.error as error:
+            raise ConfigError(
+                f"--{name}: expected a regular expression, got {getattr(arguments, name)!r}: {error}"
+            ) from None
+    record = bench.load(arguments.check) if arguments.check else None
+    if arguments.threads < 0:
+        raise ConfigError(f"--threads: expected a number of threads or 0, got {arguments.threads}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    rows = list(bench.all_rows())
+    if arguments.list:
+        print("\n".join(name for name, _ in rows))
+        return
+    timer = bench.Timer("cpu", budget=3.0)
+    table = bench.run(rows, timer, only=arguments.only, peers=arguments.peers, seconds=arguments.seconds)
+    if not table["rows"]:
+        raise ConfigError(f"--only: no row matches {arguments.only!r}; --list prints them")
+    facts = bench.machine()
+    print(bench.show(table).split("\n", 2)[0])
+    if arguments.out:
+        path = bench.save(table, Path(arguments.out), facts)
+        print(f"{path}\n{path.with_suffix('.html')}")
+    wrong = bench.failures(table)
+    if record is not None:
+        wrong += bench.losses(record, {"machine": facts, "table": table})
+    if wrong:
+        raise bench.BenchError("\n".join(["these rows are wrong or have lost:", *wrong]))
+
+
 def _doctor(args: list[str]) -> None:
     parser = _parser("doctor", "What is installed, what is missing, what to do.")
     parser.add_argument("--json", action="store_true", help="for bug reports")
@@ -228,6 +282,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "complete": _complete,
     "evaluate": _evaluate,
+    "bench": _bench,
     "doctor": _doctor,
 }
 

@@ -82,6 +82,7 @@ def upstream_gradient(output: torch.Tensor) -> torch.Tensor:
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: tuple[float, float]) -> None:
     """Close in value; integers and booleans exactly equal; shapes equal."""
     assert actual.shape == expected.shape
+    actual, expected = actual.cpu(), expected.cpu()
     if actual.is_floating_point():
         rtol, atol = tolerance
         torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)

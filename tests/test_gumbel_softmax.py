@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from dalle_fast.ops import _backend, gumbel_softmax
-from dalle_fast.ops.gumbel_softmax.reference import gumbel_noise
+from dalle_fast.ops.gumbel_softmax import op
+from dalle_fast.ops.gumbel_softmax.reference import gumbel_noise, gumbel_softmax_reference
 from dalle_fast.ops.philox import philox4x32
+
+
+@pytest.fixture(params=["cpu", "executor"])
+def kernels(request, monkeypatch):
+    """The CPU kernels, then the CUDA kernels on the host executor."""
+    if request.param == "executor":
+        monkeypatch.setattr(op, "_C", pytest.importorskip("dalle_fast._C_simt"))
+
 
 needs_extension = pytest.mark.skipif(_backend._C is None, reason=f"no extension: {_backend.EXTENSION_ERROR}")
 
@@ -40,7 +49,7 @@ def test_the_scalar_generator_is_the_references_bit_for_bit():
 
 
 @pytest.mark.parametrize("layout", ["rows", "codes"])
-def test_the_noise_is_the_references(layout):
+def test_the_noise_is_the_references(layout, kernels):
     """With tau = 1 and flat logits, y is softmax(noise): its log differs from the noise by a constant a row."""
     num_rows, num_codes = 40, 70
     logits = torch.zeros(num_codes, num_rows).t() if layout == "codes" else torch.zeros(num_rows, num_codes)
@@ -54,7 +63,7 @@ def test_the_noise_is_the_references(layout):
     torch.testing.assert_close(difference, difference[:, :1].expand_as(difference), rtol=0, atol=5e-5)
 
 
-def test_the_largest_draw_is_finite_and_accurate():
+def test_the_largest_draw_is_finite_and_accurate(kernels):
     """u next to 1: float32 cannot hold it, so the kernel goes through 1 - u."""
     num_codes = 1 << 16
     y = gumbel_softmax(torch.zeros(8, num_codes), 1.0, seed=123)
@@ -63,7 +72,7 @@ def test_the_largest_draw_is_finite_and_accurate():
     torch.testing.assert_close(y.double(), noise.softmax(1), rtol=2e-4, atol=0)
 
 
-def test_hard_is_the_argmax_of_soft():
+def test_hard_is_the_argmax_of_soft(kernels):
     logits = torch.randn(4, 33, 5, 6)
     soft = gumbel_softmax(logits, 0.3, seed=2, offset=4)
     hard = gumbel_softmax(logits, 0.3, seed=2, offset=4, hard=True)
@@ -71,7 +80,7 @@ def test_hard_is_the_argmax_of_soft():
     assert torch.equal(soft.argmax(1), hard)
 
 
-def test_a_shard_draws_what_the_batch_would():
+def test_a_shard_draws_what_the_batch_would(kernels):
     logits = torch.randn(6, 17, 4)
     whole = gumbel_softmax(logits, 0.5, seed=1, offset=2)
     half = gumbel_softmax(logits[3:], 0.5, seed=1, offset=2, row_offset=3 * 4)
@@ -102,15 +111,37 @@ def test_low_temperature_approaches_one_hot_and_rows_sum_to_one():
     assert (y.max(1).values > 0.99).float().mean() > 0.9
 
 
-def test_nan_and_inf_act_as_in_torch():
-    logits = torch.randn(3, 20)
+@pytest.mark.parametrize("layout", ["rows", "codes"])
+def test_nan_and_inf_act_as_in_torch(layout, kernels):
+    logits = torch.randn(6, 20)
     logits[0, 7] = torch.nan
     logits[1, 3] = -torch.inf
+    logits[2, 5] = torch.inf
+    logits[3] = -torch.inf
+    logits[4, 2:9] = torch.nan
+    if layout == "rows":
+        logits = logits.t().contiguous()[None]  # [1, V, rows]
     y = gumbel_softmax(logits, 1.0, seed=1)
-    assert y[0].isnan().all()
-    assert y[1, 3] == 0
-    assert not y[1:].isnan().any()
-    assert gumbel_softmax(logits, 1.0, seed=1, hard=True)[0] == 7
+    hard = gumbel_softmax(logits, 1.0, seed=1, hard=True).flatten()
+    torch.testing.assert_close(y, gumbel_softmax_reference(logits, 1.0, seed=1), equal_nan=True, rtol=1e-5, atol=1e-6)
+    assert torch.equal(hard, gumbel_softmax_reference(logits, 1.0, seed=1, hard=True).flatten())
+    assert hard[[0, 2, 3, 4]].tolist() == [7, 5, 0, 2]
+
+
+@pytest.mark.parametrize("layout", ["rows", "codes"])
+def test_the_paper_s_lowest_temperature(layout, kernels):
+    """tau = 1/16 multiplies what the noise is off by 16; the rarest draws, g > 6, are off most."""
+    logits = torch.randn(1, 500, 16) if layout == "rows" else torch.randn(16, 500)
+    y = gumbel_softmax(logits, 1 / 16, seed=4)
+    exact = gumbel_softmax_reference(logits.double(), 1 / 16, seed=4)
+    torch.testing.assert_close(y.double(), exact, rtol=6e-5, atol=1e-7)
+
+
+def test_a_softmax_that_falls_behind_its_shift(kernels):
+    """Logits that rise along the codes: what was added up before has to be scaled down again and again."""
+    logits = torch.arange(70.0)[None, :, None].expand(2, 70, 16) * 9
+    y = gumbel_softmax(logits.contiguous(), 0.1, seed=4)
+    torch.testing.assert_close(y.double(), gumbel_softmax_reference(logits.double(), 0.1, seed=4), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from dalle_fast.ops import _backend, linear_cross_entropy
+from dalle_fast.ops.linear_cross_entropy import op
+
+
+@pytest.fixture
+def executor(monkeypatch):
+    """The CUDA kernels on CPU tensors."""
+    monkeypatch.setattr(op, "_C", pytest.importorskip("dalle_fast._C_simt"))
+
 
 pytestmark = pytest.mark.skipif(_backend._C is None, reason=f"no extension: {_backend.EXTENSION_ERROR}")
 
@@ -25,6 +33,42 @@ def test_a_target_out_of_range_is_named(wrong):
     target[3] = wrong
     with pytest.raises(IndexError, match=rf"^target: expected values in \[0, 21\) .*got {wrong} in row 3"):
         linear_cross_entropy(x, weight, target, backend="cpu")
+
+
+@pytest.mark.parametrize("wrong", [-1, 21, 2**40, -(2**40)])
+def test_on_cuda_a_target_out_of_range_makes_loss_and_gradients_nan(wrong, executor):
+    x, weight, target = data()
+    target[3] = wrong
+    loss = linear_cross_entropy(x, weight, target, backend="cpu")
+    loss.backward()
+    assert loss.isnan()
+    assert x.grad[3].isnan().all()
+    assert x.grad[torch.arange(13) != 3].isfinite().all()
+    assert weight.grad.isnan().all()
+
+
+def test_on_cuda_float16_gradients_do_not_underflow(executor):
+    """4096 rows of nearly certain predictions: dlogits below 6e-8 / 2, the least float16 knows."""
+    generator = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(*s, generator=generator).half() / 4 for s in ((4096, 8), (21, 8)))
+    target = (x.float() @ weight.float().t()).argmax(1)
+    x, weight = (x * 8).requires_grad_(), (weight * 8).requires_grad_()
+    linear_cross_entropy(x, weight, target, backend="cpu").backward()
+    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    F.cross_entropy(exact_x @ exact_weight.t(), target).backward()
+    for actual, exact in ((x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+        error = (actual.double() - exact).norm() / exact.norm()
+        assert error < 2e-3, error
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_inf_act_as_in_torch(value, executor):
+    x, weight, target = data()
+    bias = torch.zeros(21)
+    bias[4] = value
+    target[:] = 3
+    actual = linear_cross_entropy(x, weight, target, bias, backend="cpu")
+    torch.testing.assert_close(actual, F.cross_entropy(F.linear(x, weight, bias), target), equal_nan=True)
 
 
 def test_another_ignore_index():

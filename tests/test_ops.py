@@ -83,20 +83,21 @@ def test_gradients_match_the_float64_reference(room, case, dtype, backend):
         assert_close(a.cpu(), e, grad_tolerance(room, dtype))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", strided_variants())
 @pytest.mark.parametrize("room", ROOM_PARAMS)
-def test_any_strides_give_the_same(room, variant):
+def test_any_strides_give_the_same(room, variant, backend):
     change = strided_variants()[variant]
     for case in room.cases:
         for dtype in case.dtypes:
-            arguments = build(room, case, dtype)
-            expected = call(room.function, fresh(arguments), backend="cpu")
-            actual = call(room.function, map_tensors(change, arguments), backend="cpu")
+            arguments = on_backend(room, backend, build(room, case, dtype))
+            expected = call(room.function, fresh(arguments), backend=backend)
+            actual = call(room.function, map_tensors(change, arguments), backend=backend)
             for a, e in zip(actual, expected, strict=True):
                 assert_close(a, e, room.tolerance[dtype])
             if takes_gradient(room, case, dtype):
-                expected = gradients(room.function, fresh(arguments), backend="cpu")
-                actual = gradients(room.function, map_tensors(change, arguments), backend="cpu")
+                expected = gradients(room.function, fresh(arguments), backend=backend)
+                actual = gradients(room.function, map_tensors(change, arguments), backend=backend)
                 for a, e in zip(actual, expected, strict=True):
                     assert_close(a, e, grad_tolerance(room, dtype))
 
@@ -241,19 +242,24 @@ def test_opcheck(room):
     assert seen, "the public function reached no registered op"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("room", ROOM_PARAMS)
-def test_compiles_as_one_graph(room):
+def test_compiles_as_one_graph(room, backend):
     case = room.cases[0]
     dtype = case.dtypes[0]
+
+    def arguments():
+        return on_backend(room, backend, build(room, case, dtype))
+
     torch._dynamo.reset()
     compiled = torch.compile(room.function, fullgraph=True, backend="aot_eager", dynamic=False)
-    expected = call(room.function, fresh(build(room, case, dtype)), backend="cpu")
-    actual = call(compiled, fresh(build(room, case, dtype)), backend="cpu")
+    expected = call(room.function, fresh(arguments()), backend=backend)
+    actual = call(compiled, fresh(arguments()), backend=backend)
     for a, e in zip(actual, expected, strict=True):
         assert_close(a, e, room.tolerance[dtype])
     if takes_gradient(room, case, dtype):
-        expected = gradients(room.function, build(room, case, dtype), backend="cpu")
-        actual = gradients(compiled, build(room, case, dtype), backend="cpu")
+        expected = gradients(room.function, arguments(), backend=backend)
+        actual = gradients(compiled, arguments(), backend=backend)
         for a, e in zip(actual, expected, strict=True):
             assert_close(a, e, grad_tolerance(room, dtype))
 

@@ -113,10 +113,7 @@ def test_any_strides_give_the_same(room, variant, executor):
 
 
 # (room, file): why the removal of one barrier there cannot show
-SPARE_BARRIERS = {
-    ("gumbel_softmax", "device_math.cuh"): "reduce_groups may be called twice; these kernels call it once",
-    ("linear_cross_entropy", "device_math.cuh"): "called twice by one kernel, where only thread 0 uses the results",
-}
+SPARE_BARRIERS: dict[tuple[str, str], str] = {}
 
 
 COPIES = {"sparse_attention"}  # rooms with asynchronous copies

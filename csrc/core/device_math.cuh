@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What kernels of several rooms share: 16-bit loads and stores, dtypes, tables of work, reductions over a block.
+// What kernels of several rooms share: 16-bit loads and stores, fast functions, dtypes, tables of work.
 #pragma once
 
 #include <type_traits>
@@ -160,36 +160,5 @@ struct LaunchTable {
     return low;
   }
 };
-
-// Combines the values of the `groups` (a power of two) threads with the same thread % rows, in a fixed order; everybody
-// gets the result. `part` has one place a thread.
-template <typename T, typename Combine>
-__device__ __forceinline__ T reduce_groups(T value, T* part, unsigned rows, unsigned groups, Combine combine) {
-  const unsigned t = threadIdx.x, group = t / rows;
-  part[t] = value;
-  for (unsigned half = groups / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (group < half) part[t] = combine(part[t], part[t + half * rows]);
-  }
-  __syncthreads();
-  const T result = part[t % rows];
-  __syncthreads();  // `part` may be used again
-  return result;
-}
-
-// Largest value and sum of exp((x - largest) * factor) of a stream; one NaN spoils it, as in torch.softmax.
-struct SoftmaxState {
-  float largest, sum;
-};
-
-__device__ __forceinline__ SoftmaxState softmax_merge(SoftmaxState a, SoftmaxState b, float factor) {
-  const float none = -INFINITY;
-  if (a.largest != a.largest || b.largest != b.largest) return {NAN, NAN};
-  if (b.largest == none && b.sum == 0.0f) return a;
-  if (a.largest == none && a.sum == 0.0f) return b;
-  const float largest = a.largest > b.largest ? a.largest : b.largest;
-  if (largest == none) return {none, NAN};  // -Inf everywhere
-  return {largest, a.sum * expf((a.largest - largest) * factor) + b.sum * expf((b.largest - largest) * factor)};
-}
 
 }  // namespace dalle_fast

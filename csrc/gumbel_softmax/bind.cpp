@@ -17,6 +17,7 @@ void check_main(const TensorRef& t, const char* name) {
   require_dtype(t, name, {DType::kFloat32, DType::kBFloat16, DType::kFloat16});
   require_rank(t, name, 3);
   require_contiguous(t, name);
+  require(t.shape[1] < INT32_MAX - (1 << 16), std::string(name) + ": expected fewer than 2^31 - 2^16 codes");
 }
 
 gumbel_softmax::Params params_of(const TensorRef& logits, int64_t seed, int64_t offset, int64_t row_offset) {

@@ -122,15 +122,15 @@ void block_pass(const Params& p, int64_t begin, int64_t end) {
   const int64_t n = p.num_codes;
   const int64_t rows = end - begin;
   float shift[kMaxBlock], sum[kMaxBlock];
-  T* const first = static_cast<T*>(p.logits) + begin * p.row_stride;
+  T* const first = static_cast<T*>(p.logits) + begin * p.logits_stride;
   for (int64_t i = 0; i < rows; ++i) {
-    if (p.write_grad)
-      shift[i] = row_max(first + i * p.row_stride, n);
+    if (p.grad)
+      shift[i] = row_max(first + i * p.logits_stride, n);
     else
-      row_max_and_exp_sum(first + i * p.row_stride, n, shift[i], sum[i]);
+      row_max_and_exp_sum(first + i * p.logits_stride, n, shift[i], sum[i]);
   }
   for (int64_t i = 0; i < rows; ++i) {
-    T* x = first + i * p.row_stride;
+    T* x = first + i * p.logits_stride;
     const int64_t target = p.target[(begin + i) * p.target_stride];
     float& loss = p.row_loss[begin + i];
     if (target == p.ignore_index) {
@@ -139,24 +139,25 @@ void block_pass(const Params& p, int64_t begin, int64_t end) {
       continue;
     }
     loss = shift[i] - load1(x + target);
-    if (p.write_grad) sum[i] = row_exp_sum<true>(exponentials(x, i, n), x, n, shift[i]);
+    if (p.grad) sum[i] = row_exp_sum<true>(exponentials(x, i, n), x, n, shift[i]);
   }
   for (int64_t i = 0; i < rows; i += kLanes) {
     const int count = static_cast<int>(rows - i < kLanes ? rows - i : kLanes);
     float* loss = p.row_loss + begin + i;
     store_n(loss, load_n(loss, count) + log(load_n(sum + i, count)), count);  // ln 1 = 0 for what is ignored
   }
-  if (!p.write_grad) return;
+  if (!p.grad) return;
+  const float scale = p.stats[0] ? static_cast<float>(p.grad_scale / static_cast<double>(p.stats[0])) : 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
-    T* x = first + i * p.row_stride;
+    T* x = first + i * p.logits_stride;
     const int64_t target = p.target[(begin + i) * p.target_stride];
     if (target == p.ignore_index) {
       row_zero(x, n);
       continue;
     }
     const float* e = exponentials(x, i, n);
-    const float factor = p.scale / sum[i];
-    const float hit = e[target] * factor - p.scale;  // before the row is written: in one rounding
+    const float factor = scale / sum[i];
+    const float hit = e[target] * factor - scale;  // before the row is written: in one rounding
     row_scale(x, e, n, factor);
     store1(x + target, hit);
   }
@@ -164,12 +165,12 @@ void block_pass(const Params& p, int64_t begin, int64_t end) {
 
 template <typename T>
 void column_sums(const Params& p) {
-  const T* grad = static_cast<const T*>(p.logits);
+  const T* grad = static_cast<const T*>(p.grad);
   parallel_chunks(p.num_codes, kStep, [&](int64_t begin, int64_t end) {
     if (end - begin == kStep) {
       VecF sum[kUnroll] = {};
       for (int64_t row = 0; row < p.num_rows; ++row)
-        for (int k = 0; k < kUnroll; ++k) sum[k] += loadu(grad + row * p.row_stride + begin + k * kLanes);
+        for (int k = 0; k < kUnroll; ++k) sum[k] += loadu(grad + row * p.logits_stride + begin + k * kLanes);
       for (int k = 0; k < kUnroll; ++k) {
         float* to = p.dbias + begin + k * kLanes;
         storeu(to, loadu(to) + sum[k]);
@@ -178,7 +179,7 @@ void column_sums(const Params& p) {
     }
     for (int64_t i = begin; i < end; ++i) {
       float sum = 0.0f;
-      for (int64_t row = 0; row < p.num_rows; ++row) sum += load1(grad + row * p.row_stride + i);
+      for (int64_t row = 0; row < p.num_rows; ++row) sum += load1(grad + row * p.logits_stride + i);
       p.dbias[i] += sum;
     }
   });
@@ -189,10 +190,7 @@ void run(const Params& p) {
   int64_t block = kBlockCodes / (p.num_codes > 0 ? p.num_codes : 1);
   block = block < 1 ? 1 : block > kMaxBlock ? kMaxBlock : block;
   parallel_chunks(p.num_rows, block, [&](int64_t begin, int64_t end) { block_pass<T>(p, begin, end); });
-  double sum = 0.0;
-  for (int64_t row = 0; row < p.num_rows; ++row) sum += static_cast<double>(p.row_loss[row]);
-  *p.loss_sum += sum;
-  if (p.write_grad && p.dbias) column_sums<T>(p);
+  if (p.grad && p.dbias) column_sums<T>(p);
 }
 
 }  // namespace
@@ -208,6 +206,12 @@ void check(const CheckParams& p) {
   }
   p.stats[0] = count;
   p.stats[1] = bad;
+}
+
+void mean(const MeanParams& p) {
+  double sum = 0.0;
+  for (int64_t row = 0; row < p.num_rows; ++row) sum += static_cast<double>(p.row_loss[row]);
+  *p.loss = static_cast<float>(sum / static_cast<double>(p.stats[0]));
 }
 
 void loss_and_grad(const Params& p) {

@@ -30,17 +30,32 @@ DF_HD WideProduct multiply_wide(uint32_t a, uint32_t b) {
 #endif
 }
 
-DF_HD Philox4 philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+// The keys of all rounds: a kernel that gets them as an argument need not add them up.
+struct PhiloxKeys {
+  uint32_t word[kPhiloxRounds][2];
+};
+DF_HD PhiloxKeys philox_keys(uint32_t k0, uint32_t k1) {
+  PhiloxKeys keys;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    keys.word[round][0] = k0 + kPhiloxWeyl0 * static_cast<uint32_t>(round);
+    keys.word[round][1] = k1 + kPhiloxWeyl1 * static_cast<uint32_t>(round);
+  }
+  return keys;
+}
+
+DF_HD Philox4 philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKeys& keys) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const WideProduct p0 = multiply_wide(c0, kPhiloxMul0), p1 = multiply_wide(c2, kPhiloxMul1);
-    c0 = p1.high ^ c1 ^ k0;
+    c0 = p1.high ^ c1 ^ keys.word[round][0];
     c1 = p1.low;
-    c2 = p0.high ^ c3 ^ k1;
+    c2 = p0.high ^ c3 ^ keys.word[round][1];
     c3 = p0.low;
-    k0 += kPhiloxWeyl0;
-    k1 += kPhiloxWeyl1;
   }
   return {{c0, c1, c2, c3}};
+}
+
+DF_HD Philox4 philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+  return philox4x32(c0, c1, c2, c3, philox_keys(k0, k1));
 }
 
 // 24 bits in the middle of their interval: never 0, never 1.

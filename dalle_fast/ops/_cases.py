@@ -22,6 +22,8 @@ class Case:
     """(generator, dtype) -> (args, kwargs) on CPU. Floating tensors that take a gradient have requires_grad=True."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     """Dtypes to run it in."""
+    flops: int = 0
+    """Of a benchmark: FLOPs of the forward pass's matrix products, pairs that attend only."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Room:
     """Whether the public function has gradients."""
     benchmarks: tuple[Case, ...] = ()
     """Calls to time, at the sizes people use."""
+    benchmark_bound: float = 0.0
+    """What ||ours - float64|| / ||float64|| of a benchmark may be; 0: the larger number of the tolerance."""
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     """name -> function of the same arguments: what users would call otherwise, called its best way."""
 

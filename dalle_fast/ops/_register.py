@@ -13,6 +13,8 @@ import torch
 
 NAMESPACE = "dalle_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+IMPLEMENTATIONS: dict[str, Callable] = {}
+"""What was registered, by op name: tests run it on tensors of a device that is not there."""
 
 
 def no_second_derivative(op: str) -> dict[str, Callable]:
@@ -50,6 +52,7 @@ def register_op(
     # Kernels read any strides, but saved tensors and fakes agree only if a compiler keeps the eager ones.
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     _LIBRARY.define(name + schema, tags=tags)
+    IMPLEMENTATIONS[name] = implementation
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, implementation, key)
     qualified = f"{NAMESPACE}::{name}"

@@ -60,6 +60,12 @@ ROOM = Room(
         _case("chunks", 37, 16, 70, chunk=8),
         _case("one", 1, 1, 1),
         _case("wide", 20, 24, 300, bias=False),
+        # CUDA: rows of one and several warps, of whole pieces and not, in registers and beyond them
+        _case("warp", 5, 8, 64, ignored=1),
+        _case("full_warp", 3, 4, 1024),
+        _case("block", 3, 3, 1096, bias=False, ignored=1),
+        _case("beyond", 2, 1, 16408),
+        _case("beyond_odd", 2, 1, 16387, bias=False),
     ),
     # float32: sums of a few hundred products. 16-bit: the logits (|x| to about 15) are rounded to bfloat16 once, 2^-9
     # relative, and so are the gradients; float16 inputs are computed in float32 and round at the end.

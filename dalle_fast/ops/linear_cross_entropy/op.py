@@ -36,24 +36,46 @@ def default_chunk_rows(num_rows: int, num_codes: int) -> int:
     return max(1, min(num_rows, max(_MIN_ROWS, _MAX_LOGITS // max(num_codes, 1))))
 
 
-def _logits_buffer(like: torch.Tensor, rows: int, num_codes: int) -> torch.Tensor:
+def _logits_buffer(like: torch.Tensor, rows: int, num_codes: int, dtype: torch.dtype) -> torch.Tensor:
     count = rows * num_codes
-    if like.device.type != "cpu" or count * like.element_size() > _MAX_KEPT_BYTES or torch.is_inference_mode_enabled():
-        return like.new_empty(rows, num_codes)
+    if like.device.type != "cpu" or count * dtype.itemsize > _MAX_KEPT_BYTES or torch.is_inference_mode_enabled():
+        return like.new_empty(rows, num_codes, dtype=dtype)
     buffers = _kept.__dict__
-    if like.dtype not in buffers or buffers[like.dtype].numel() < count:
-        buffers[like.dtype] = torch.empty(count, dtype=like.dtype)
-    return buffers[like.dtype][:count].view(rows, num_codes)
+    if dtype not in buffers or buffers[dtype].numel() < count:
+        buffers[dtype] = torch.empty(count, dtype=dtype)
+    return buffers[dtype][:count].view(rows, num_codes)
 
 
-def _gemm_dtype(compute: torch.dtype) -> torch.dtype:
-    # float16 products run at a fortieth of float32's speed on CPU, and dlogits / N would underflow in it
-    return torch.float32 if compute == torch.float16 else compute
+# On CUDA float16 operands give float32 products on the tensor cores, and dlogits are float16 too: what the mean leaves
+# of them would underflow, so the gradients are that much larger until the backward pass has multiplied them by dloss.
+_FLOAT16_GRAD_SCALE = 2.0**14
+
+
+def _on_cuda(x: torch.Tensor) -> bool:
+    return x.is_cuda or (_C is not None and _C.simt)
+
+
+def _operand_dtype(x: torch.Tensor, compute: torch.dtype) -> torch.dtype:
+    # float16 products run at a fortieth of float32's speed on CPU
+    return torch.float32 if compute == torch.float16 and not _on_cuda(x) else compute
+
+
+def _grad_scale(x: torch.Tensor, compute: torch.dtype) -> float:
+    return _FLOAT16_GRAD_SCALE if _operand_dtype(x, compute) == torch.float16 else 1.0
 
 
 def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a gradient waits in until it is multiplied by dloss."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a @ b in `dtype`, which may be float32 where the operands have 16 bits."""
+    if a.dtype == dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype, out=out)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)  # the CUDA path on the host executor
 
 
 def _implementation(
@@ -74,10 +96,13 @@ def _implementation(
 
 def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
     num_rows, num_codes = x.shape[0], weight.shape[0]
-    count = _count_targets(target, num_codes, ignore_index)
-    scale = 1.0 / count if count else 0.0  # no target counts: zero gradients, and the loss is 0 / 0 as in torch
+    stats = torch.empty(2, dtype=torch.int64, device=x.device)
+    _C.linear_cross_entropy_check(stats, target, num_codes, ignore_index, stream_of(x))
+    if not _on_cuda(x):  # there the host never waits for the device
+        _require_in_range(stats, target, num_codes, ignore_index)
 
-    dtype = _gemm_dtype(compute)
+    dtype = _operand_dtype(x, compute)
+    logits_dtype = _grad_dtype(dtype)
     loss, dx, dweight, dbias = _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows)
     for grad in (dweight, dbias):
         if num_rows == 0:
@@ -88,61 +113,72 @@ def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
         chunk_rows = default_chunk_rows(num_rows, num_codes)
         if not needs:
             chunk_rows = max(1, min(chunk_rows, max(_MIN_ROWS, _MAX_LOGITS_OF_LOSS // max(num_codes, 1))))
-    logits_buffer = _logits_buffer(gemm_x, min(chunk_rows, num_rows), num_codes)
+    buffer_rows = min(chunk_rows, num_rows)
+    logits_buffer = _logits_buffer(x, buffer_rows, num_codes, logits_dtype)
+    dlogits_buffer = None  # in place
+    if needs and dtype != logits_dtype:
+        dlogits_buffer = x.new_empty(buffer_rows, num_codes, dtype=dtype)
     row_loss = x.new_empty(num_rows, dtype=torch.float32)
-    loss_sum = x.new_zeros(1, dtype=torch.float64)
     bias_sum = x.new_zeros(num_codes, dtype=torch.float32) if needs & NEEDS_BIAS else None
     # bfloat16 partial products of several chunks meet in float32
     one_chunk = num_rows <= chunk_rows
-    weight_sum = dweight if dweight.dtype == dtype == torch.float32 or one_chunk else None
+    weight_sum = dweight if dweight.dtype == logits_dtype == torch.float32 or one_chunk else None
 
     for begin in range(0, num_rows, chunk_rows):
         rows = slice(begin, min(begin + chunk_rows, num_rows))
         logits = logits_buffer[: rows.stop - begin]
         if gemm_bias is None:
-            torch.mm(gemm_x[rows], gemm_weight.t(), out=logits)
-        else:
+            _mm(gemm_x[rows], gemm_weight.t(), logits_dtype, out=logits)
+        elif dtype == logits_dtype:
             torch.addmm(gemm_bias, gemm_x[rows], gemm_weight.t(), out=logits)
+        else:
+            _mm(gemm_x[rows], gemm_weight.t(), logits_dtype, out=logits).add_(gemm_bias)
+        dlogits = None
+        if needs:
+            dlogits = logits if dlogits_buffer is None else dlogits_buffer[: rows.stop - begin]
         _C.linear_cross_entropy_loss_and_grad(
-            loss_sum, row_loss[rows], logits, bias_sum, target[rows], ignore_index, scale, needs != 0, stream_of(x)
+            row_loss[rows],
+            dlogits,
+            bias_sum,
+            logits,
+            target[rows],
+            stats,
+            ignore_index,
+            _grad_scale(x, compute),
+            stream_of(x),
         )
         if needs & NEEDS_X:
-            torch.mm(logits, gemm_weight, out=dx[rows])
+            _mm(dlogits, gemm_weight, dx.dtype, out=dx[rows])
         if needs & NEEDS_WEIGHT:
-            if weight_sum is dweight and dweight.dtype == dtype:
+            if weight_sum is dweight and dweight.dtype == logits_dtype:
                 if begin == 0:
-                    torch.mm(logits.t(), gemm_x[rows], out=dweight)
+                    _mm(dlogits.t(), gemm_x[rows], dweight.dtype, out=dweight)
+                elif dtype == logits_dtype:
+                    dweight.addmm_(dlogits.t(), gemm_x[rows])
                 else:
-                    dweight.addmm_(logits.t(), gemm_x[rows])
+                    dweight.add_(_mm(dlogits.t(), gemm_x[rows], dweight.dtype))
             else:
-                part = torch.mm(logits.t(), gemm_x[rows])
+                part = _mm(dlogits.t(), gemm_x[rows], logits_dtype)
                 weight_sum = part.float() if begin == 0 else weight_sum.add_(part)
     if num_rows and needs & NEEDS_WEIGHT and weight_sum is not dweight:
         dweight.copy_(weight_sum)
     if bias_sum is not None:
         dbias.copy_(bias_sum)
-    if x.device.type == "cpu":  # two torch ops fewer; without a target NaN, as 0 / 0 below
-        loss.fill_(loss_sum.item() / count if count else float("nan"))
-    else:
-        loss.copy_(loss_sum[0] / count)
+    _C.linear_cross_entropy_mean(loss, row_loss, stats, stream_of(x))  # without a target NaN: 0 / 0, as in torch
     return loss, dx, dweight, dbias
 
 
-def _count_targets(target: torch.Tensor, num_codes: int, ignore_index: int) -> int:
-    """How many targets count. Raises IndexError for one that is out of range."""
-    stats = torch.empty(2, dtype=torch.int64, device=target.device)
-    _C.linear_cross_entropy_check(stats, target, num_codes, ignore_index, stream_of(target))
-    count, bad = stats.tolist()
+def _require_in_range(stats: torch.Tensor, target: torch.Tensor, num_codes: int, ignore_index: int) -> None:
+    bad = int(stats[1])
     if bad >= 0:
         raise IndexError(
             f"target: expected values in [0, {num_codes}) or ignore_index={ignore_index}, "
             f"got {int(target[bad])} in row {bad}"
         )
-    return count
 
 
 def _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
-    dx = x.new_empty(x.shape if needs & NEEDS_X else (0,), dtype=_gemm_dtype(compute))
+    dx = x.new_empty(x.shape if needs & NEEDS_X else (0,), dtype=_grad_dtype(compute))
     dweight = weight.new_empty(weight.shape if needs & NEEDS_WEIGHT else (0,), dtype=_grad_dtype(weight.dtype))
     bias_dtype = torch.float32 if bias is None else _grad_dtype(bias.dtype)
     dbias = x.new_empty((weight.shape[0],) if needs & NEEDS_BIAS else (0,), dtype=bias_dtype)
@@ -150,7 +186,8 @@ def _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, bias, _, _, ctx.needs, _ = inputs
+    x, weight, _, bias, _, compute, ctx.needs, _ = inputs
+    ctx.factor = 1.0 / _grad_scale(x, compute)
     ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
     _, dx, dweight, dbias = output
     ctx.mark_non_differentiable(dx, dweight, dbias)
@@ -163,27 +200,33 @@ def _backward(ctx, dloss, *_):
     if dloss is not None:
         # loss.backward() on CPU: the gradients are ready. A second derivative has to meet the op that refuses it.
         unit = type(dloss) is torch.Tensor and dloss.device.type == "cpu" and not torch.is_grad_enabled()
-        unit = unit and not torch.compiler.is_compiling() and float(dloss) == 1.0
+        unit = unit and ctx.factor == 1.0 and not torch.compiler.is_compiling() and float(dloss) == 1.0
         for i, (grad, dtype, flag) in enumerate(
             zip(ctx.saved_tensors, ctx.dtypes, (NEEDS_X, NEEDS_WEIGHT, NEEDS_BIAS))
         ):
             if ctx.needs & flag:
-                grads[i] = grad if unit and grad.dtype == dtype else linear_cross_entropy_backward(grad, dloss, dtype)
+                grads[i] = (
+                    grad
+                    if unit and grad.dtype == dtype
+                    else linear_cross_entropy_backward(grad, dloss, ctx.factor, dtype)
+                )
     dx, dweight, dbias = grads
     return dx, dweight, None, dbias, None, None, None, None
 
 
-def _scale(grad: torch.Tensor, dloss: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _scale(grad: torch.Tensor, dloss: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
+    if factor != 1.0:
+        dloss = dloss * factor
     return torch.mul(grad, dloss, out=torch.empty_like(grad, dtype=dtype))
 
 
-def _scale_fake(grad, dloss, dtype):
+def _scale_fake(grad, dloss, factor, dtype):
     return torch.empty_like(grad, dtype=dtype)
 
 
 linear_cross_entropy_backward = register_op(
     "linear_cross_entropy_backward",
-    "(Tensor grad, Tensor dloss, ScalarType dtype) -> Tensor",
+    "(Tensor grad, Tensor dloss, float factor, ScalarType dtype) -> Tensor",
     _scale,
     _scale_fake,
     **no_second_derivative("linear_cross_entropy"),

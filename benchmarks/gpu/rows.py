@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: MIT
+"""Each op at the paper's sizes on a GPU, its peers called their best way, a check against float64, and its floor.
+
+With `small` the same rows run anywhere in seconds, to test the table itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from dalle_fast.bench.optimizers import adamw_row
+from dalle_fast.bench.rows import Call, Row, relative, size_of
+from dalle_fast.ops import (
+    AttentionPattern,
+    decode_attention,
+    gumbel_softmax,
+    linear_cross_entropy,
+    minifloat_decode,
+    minifloat_encode,
+    orthonormalize,
+    powersgd_project,
+    powersgd_reconstruct,
+    sparse_attention,
+)
+from dalle_fast.ops.decode_attention.reference import decode_attention_reference
+from dalle_fast.ops.sparse_attention.reference import sparse_attention_reference
+
+
+def module(name: str):
+    """An optional peer's module; the error of a missing one becomes its row's reason."""
+    return importlib.import_module(name)
+
+
+# ---- sparse_attention
+
+
+def flex_mask(pattern: AttentionPattern) -> Callable[..., torch.Tensor]:
+    """The pattern as FlexAttention's mask_mod; for column the image tokens lie column by column, each one run."""
+    text, (height, width) = pattern.text_len, pattern.grid
+    half, extent = pattern.kernel // 2, pattern.extent
+
+    def image(q, k):  # k <= q
+        if pattern.kind == "row":
+            return q - k < extent
+        if pattern.kind == "column":
+            return q // height == k // height
+        if pattern.kind == "conv":
+            return q - k - width * torch.clamp((q - k + half) // width, max=half) <= half
+        return q >= k
+
+    return lambda b, h, q, k: (q >= k) & ((k < text) | image(q - text, k - text))
+
+
+def _flex(pattern: AttentionPattern, block: int, device: str) -> Callable[..., torch.Tensor]:
+    flex = module("torch.nn.attention.flex_attention")
+    length = pattern.length
+    mask = flex.create_block_mask(flex_mask(pattern), None, None, length, length, device=device, BLOCK_SIZE=block)
+    compiled = torch.compile(flex.flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+
+
+def column_by_column(t: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+    """[B, H, L, D] with the image tokens in the order that `flex_mask` expects of the column pattern."""
+    text, (height, width) = pattern.text_len, pattern.grid
+    image = t[:, :, text:].unflatten(2, (height, width)).transpose(2, 3).flatten(2, 3)
+    return torch.cat((t[:, :, :text], image), 2).contiguous()
+
+
+def _sdpa(backend: str, **options) -> Callable[..., torch.Tensor]:
+    attention = module("torch.nn.attention")
+
+    def run(q, k, v):
+        with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+
+    return run
+
+
+def _sparse_row(device: str, pattern: AttentionPattern, qkvd: list[torch.Tensor], backward: bool) -> Row:
+    *qkv, dout = qkvd
+    dtype, dim = dout.dtype, dout.shape[3]
+    flops = 4 * pattern.num_pairs() * dim * dout.shape[0] * dout.shape[1]
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+
+    def call(function) -> Call:
+        if backward:
+            return lambda: torch.autograd.grad(function(*qkv), qkv, dout)
+
+        def forward():
+            with torch.no_grad():
+                return function(*qkv)
+
+        return forward
+
+    def ours(q, k, v):
+        return sparse_attention(q, k, v, pattern)
+
+    def flex(block):
+        function = _flex(pattern, block, device)
+        if pattern.kind != "column":
+            return call(function)
+        moved = [column_by_column(t.detach(), pattern) for t in qkv]  # not timed
+        return call(lambda *_: function(*moved))
+
+    def error():
+        part = [t[:1, :1].detach().double().requires_grad_() for t in qkv]
+        expected = sparse_attention_reference(*part, pattern)
+        if not backward:
+            return relative(call(ours)()[:1, :1], expected)
+        grads = torch.autograd.grad(expected, part, dout[:1, :1].double())
+        return max(relative(a[:1, :1], e) for a, e in zip(call(ours)(), grads, strict=True))
+
+    peers = {}
+    if device == "cuda":
+        peers["FlexAttention 128"] = lambda: flex(128)
+        peers["FlexAttention 64"] = lambda: flex(64)
+        if dtype == torch.bfloat16:
+            peers["SDPA cuDNN causal"] = lambda: call(_sdpa("CUDNN_ATTENTION", is_causal=True))
+            peers["SDPA flash causal"] = lambda: call(_sdpa("FLASH_ATTENTION", is_causal=True))
+            peers["FlashAttention-3 causal"] = lambda: call(_flash3())
+        peers["SDPA efficient causal"] = lambda: call(_sdpa("EFFICIENT_ATTENTION", is_causal=True))
+    mask = torch.zeros(pattern.length, pattern.length, device=device, dtype=dtype)
+    mask.masked_fill_(~pattern.mask().to(device), -torch.inf)
+    backend = "EFFICIENT_ATTENTION" if device == "cuda" else "MATH"
+    peers["SDPA with the mask"] = lambda: call(_sdpa(backend, attn_mask=mask))
+    moved = size_of(*qkvd)  # q, k, v, out
+    return Row(
+        f"sparse_attention {pattern.kind} {str(dtype)[6:]} {'forward+backward' if backward else 'forward'}",
+        call(ours),
+        error,
+        2 * bound if backward else bound,
+        3 * moved if backward else moved,
+        flops * 7 // 2 if backward else flops,
+        peers,
+    )
+
+
+def _sparse_rows(device: str, small: bool) -> Iterator[Row]:
+    batch, heads, dim = (1, 2, 16) if small else (8, 62, 64)
+    text, side = (16, 4) if small else (256, 32)
+    for kind in ("row", "column", "conv", "dense"):
+        for dtype in (torch.bfloat16, torch.float32):
+            pattern = AttentionPattern(kind, text, (side, side), kernel=3 if small else 11)
+            shape = (batch, pattern.length, heads, dim)
+            qkvd = [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(4)]
+            for t in qkvd[:3]:
+                t.requires_grad_()
+            yield _sparse_row(device, pattern, qkvd, False)
+            if kind in ("row", "conv"):
+                yield _sparse_row(device, pattern, qkvd, True)
+
+
+def _flash3():
+    function = module("flash_attn_interface").flash_attn_func
+
+    def run(q, k, v):
+        return function(*(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(1, 2)
+
+    return run
+
+
+# ---- decode_attention
+
+
+def _decode_rows(device: str, small: bool) -> Iterator[Row]:
+    batch, heads, dim = (4, 2, 16) if small else (512, 62, 64)
+    text, side = (16, 4) if small else (256, 32)
+    dtype = torch.bfloat16
+    for kind in ("row", "column", "conv"):
+        pattern = AttentionPattern(kind, text, (side, side), kernel=3 if small else 11)
+        position, ring = text + side * side * 2 // 3, pattern.image_cache_len
+
+        def draw(*shape):
+            return torch.randn(*shape, device=device, dtype=dtype)
+
+        new = [draw(batch, heads, dim) for _ in range(3)]
+        texts = [draw(1, heads, text, dim) for _ in range(2)]
+        images = [draw(batch, heads, ring, dim) for _ in range(2)]
+        raster = position - text
+        slots = (pattern.mask()[position][text:].nonzero().flatten() % ring).to(device)
+        at = torch.tensor([position], device=device)
+
+        def ours(new=new, texts=texts, images=images, pattern=pattern, at=at):
+            return decode_attention(*new, *texts, *images, pattern, at)
+
+        def gathered(new=new, texts=texts, images=images, slots=slots, raster=raster, ring=ring):
+            q, k, v = new
+            images[0][:, :, raster % ring], images[1][:, :, raster % ring] = k, v
+            keys, values = (
+                torch.cat((t.expand(batch, -1, -1, -1), i[:, :, slots]), 2) for t, i in zip(texts, images, strict=True)
+            )
+            return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values)
+
+        def error(new=new, texts=texts, images=images, pattern=pattern, position=position, ours=ours):
+            part = [t[:2].double() for t in new] + [t.double() for t in texts] + [t[:2].double() for t in images]
+            return relative(ours()[:2], decode_attention_reference(*part, pattern, position))
+
+        seen = len(slots)
+        moved = 4 * size_of(new[0]) + size_of(*texts) + 2 * batch * heads * seen * dim * 2
+        flops = 4 * batch * heads * (text + seen) * dim
+        yield Row(
+            f"decode_attention {kind} {batch} samples", ours, error, 1e-2, moved, flops,
+            {"gather + SDPA": lambda gathered=gathered: gathered}, graph=True,
+        )  # fmt: skip
+
+
+# ---- the discrete bottleneck
+
+
+def _gumbel_rows(device: str, small: bool) -> Iterator[Row]:
+    shape = (2, 64, 4, 4) if small else (8, 8192, 32, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+        dy = torch.randn(shape, device=device, dtype=dtype)
+
+        def error(logits=logits):
+            part = logits.detach()[:1]
+            expected = gumbel_softmax(part.double(), 0.5, seed=1, backend="reference")
+            return relative(gumbel_softmax(part, 0.5, seed=1), expected)
+
+        def soft(function, logits=logits) -> Call:
+            def run():
+                with torch.no_grad():
+                    return function(logits)
+
+            return run
+
+        def both(function, logits=logits, dy=dy) -> Call:
+            return lambda: torch.autograd.grad(function(logits), logits, dy)
+
+        bound = 1e-5 if dtype == torch.float32 else 1e-2
+        for mode, call, moved in (("forward", soft, 2), ("forward+backward", both, 5)):
+            yield Row(
+                f"gumbel_softmax {str(dtype)[6:]} {mode}",
+                call(lambda x: gumbel_softmax(x, 0.5, seed=1)),
+                error,
+                bound,
+                moved * size_of(logits),
+                0,
+                {
+                    "F.gumbel_softmax": lambda call=call: call(lambda x: F.gumbel_softmax(x, 0.5, dim=1)),
+                    "F.gumbel_softmax compiled": lambda call=call: call(
+                        torch.compile(lambda x: F.gumbel_softmax(x, 0.5, dim=1), dynamic=False)
+                    ),
+                },
+            )
+        yield Row(
+            f"gumbel_softmax {str(dtype)[6:]} hard",
+            soft(lambda x: gumbel_softmax(x, 0.5, seed=1, hard=True)),
+            error,
+            bound,
+            size_of(logits),
+            0,
+            {"F.gumbel_softmax hard": lambda soft=soft: soft(lambda x: F.gumbel_softmax(x, 0.5, hard=True, dim=1))},
+        )
+
+
+# ---- linear_cross_entropy
+
+
+def _loss_row(device: str, name: str, rows: int, width: int, codes: int) -> Row:
+    x = torch.randn(rows, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(codes, width, device=device) * width**-0.5).bfloat16().requires_grad_()
+    target = torch.randint(codes, (rows,), device=device)
+
+    def both(function) -> Call:
+        return lambda: torch.autograd.grad(function(x, weight, target), (x, weight))
+
+    def composed(x, weight, target):
+        return F.cross_entropy(F.linear(x, weight).float(), target)
+
+    def error():
+        exact = F.cross_entropy(F.linear(x.detach().double(), weight.detach().double()), target)
+        return relative(linear_cross_entropy(x, weight, target), exact)
+
+    def liger():
+        loss = module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+        return both(lambda x, weight, target: loss(weight, x, target))
+
+    peers = {
+        "F.cross_entropy(F.linear)": lambda: both(composed),
+        "the same, compiled": lambda: both(torch.compile(composed, dynamic=False)),
+        "Liger": liger,
+        "Cut Cross-Entropy": lambda: both(module("cut_cross_entropy").linear_cross_entropy),
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        peers["F.linear_cross_entropy"] = lambda: both(F.linear_cross_entropy)
+    return Row(
+        f"linear_cross_entropy {name} {rows}x{width}x{codes} forward+backward",
+        both(linear_cross_entropy),
+        error,
+        2e-3,
+        2 * size_of(x, weight),
+        6 * rows * width * codes,
+        peers,
+    )
+
+
+def _loss_rows(device: str, small: bool) -> Iterator[Row]:
+    part = 64 if small else 1
+    yield _loss_row(device, "text", 2048 // part, 3968 // part, 16384 // part)
+    yield _loss_row(device, "image", 8192 // part, 3968 // part, 8192 // part)
+
+
+# ---- PowerSGD and the optimizer
+
+
+def _householder_rows(device: str, small: bool) -> Iterator[Row]:
+    shapes = ((4, 24, 6), (2, 48, 6)) if small else ((256, 496, 112), (128, 1984, 112))
+    p = [torch.randn(*shape, device=device) for shape in shapes]
+
+    def error():
+        worst = 0.0
+        for q in orthonormalize(p):
+            eye = torch.eye(q.shape[-1], device=device, dtype=torch.float64)
+            gram = q[:8].double().mT @ q[:8].double()
+            worst = max(worst, float((gram - eye).flatten(1).norm(dim=1).max()))
+        return worst
+
+    def cholesky_twice():
+        def one(x):
+            r, _ = torch.linalg.cholesky_ex(x.mT @ x, upper=True)
+            return torch.linalg.solve_triangular(r, x, upper=True, left=False)
+
+        return lambda: [one(one(x)) for x in p]
+
+    columns = shapes[0][-1]
+    flops = sum(4 * n * m * r * r for n, m, r in shapes)
+    yield Row(
+        f"orthonormalize {' + '.join('x'.join(map(str, shape)) for shape in shapes)}",
+        lambda: orthonormalize(p),
+        error,
+        1e-5 * columns**0.5,
+        2 * size_of(*p),
+        flops,
+        {
+            "torch.linalg.qr": lambda: lambda: [torch.linalg.qr(x).Q for x in p],
+            "geqrf + householder_product": lambda: (
+                lambda: [torch.linalg.householder_product(*torch.geqrf(x)) for x in p]
+            ),
+            "CholeskyQR2 in torch ops": cholesky_twice,
+        },
+    )
+
+
+def _powersgd_rows(device: str, small: bool) -> Iterator[Row]:
+    scale = 32 if small else 1
+    shapes = [(3968 // scale, 496 // scale)] * 4 + [(3968 // scale, 1984 // scale)] * 2
+    rank = 7 if small else 112
+    errors = [minifloat_encode(torch.randn(n, m, device=device) * 1e-3, "1-6-9") for m, n in shapes]  # rows <= columns
+    grads = [torch.randn(n, m, device=device) * 1e-3 for m, n in shapes]
+    factors = [minifloat_encode(torch.randn(m, rank, device=device), "1-6-9") for m, _ in shapes]
+    wide = [minifloat_decode(e, "1-6-9") for e in errors]
+
+    def ours():
+        for e, g, x in zip(errors, grads, factors, strict=True):
+            p, _ = powersgd_project(e, x, g, scale=2**-6)
+            q, _ = powersgd_project(e.mT, p, scale=2**-6)
+            powersgd_reconstruct(p, q, e, grad_factor=2**-6, error_factor=2**-12)
+
+    def composed():
+        for e, g, x in zip(wide, grads, factors, strict=True):
+            e.add_(g)
+            p = (e @ minifloat_decode(x, "1-6-9")).mul_(2**-6)
+            q = (e.mT @ p).mul_(2**-6)
+            e.sub_(p @ q.mT, alpha=2**-12)
+
+    def error():
+        e, x = errors[0].clone(), factors[0]
+        p, _ = powersgd_project(e, x, scale=2**-6)
+        exact = minifloat_decode(errors[0], "1-6-9").double() @ minifloat_decode(x, "1-6-9").double() * 2**-6
+        return relative(minifloat_decode(p, "1-6-9"), exact)
+
+    elements = sum(m * n for m, n in shapes)
+    yield Row(
+        f"powersgd one layer, rank {rank}", ours, error, 2e-3, elements * (4 + 2 + 2 + 2 + 4 + 2 + 2),
+        6 * elements * rank, {"composed ops, float32 buffers": lambda: composed},
+    )  # fmt: skip
+
+
+def _adamw_rows(device: str, small: bool) -> Iterator[Row]:
+    count, size = (4, 1 << 8) if small else (64, 1 << 22)
+    for ema in (False, True):
+        yield adamw_row(f"{count} x {size}", [(size,)] * count, ema=ema, device=device)
+
+
+def _minifloat_rows(device: str, small: bool) -> Iterator[Row]:
+    x = torch.randn(1 << (12 if small else 28), device=device)
+    code = minifloat_encode(x, "1-6-9")
+
+    def error():
+        return relative(minifloat_decode(code, "1-6-9"), x)
+
+    yield Row(
+        "minifloat_encode 1-6-9", lambda: minifloat_encode(x, "1-6-9"), error, 1e-3, 6 * x.numel(), 0,
+        {"to(bfloat16), which does less": lambda: lambda: x.to(torch.bfloat16)},
+    )  # fmt: skip
+    yield Row("minifloat_decode 1-6-9", lambda: minifloat_decode(code, "1-6-9"), error, 1e-3, 6 * x.numel())
+
+
+def all_rows(device: str, small: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Every row; each is made when its turn comes, so that memory is that of one."""
+    for make in (
+        _sparse_rows,
+        _decode_rows,
+        _gumbel_rows,
+        _loss_rows,
+        _householder_rows,
+        _powersgd_rows,
+        _adamw_rows,
+        _minifloat_rows,
+    ):
+        for row in make(device, small):
+            yield row.name, lambda row=row: row

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT
+"""Runs the rows and prints them."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .rows import Row
+from .timing import ROOFS, Timer, roofs
+
+PEER_SECONDS = 45  # for making a peer (a compiler may be at work) and its first call
+
+
+class OutOfTime(Exception):
+    pass
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises OutOfTime in the body after `seconds`."""
+
+    def stop(*_):
+        raise OutOfTime(f"no result in {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run(
+    rows: Iterable[tuple[str, Callable[[], Row]]],
+    timer: Timer,
+    *,
+    only: str = "",
+    peers: str = "",
+    seconds: float = math.inf,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Checks and times rows.
+
+    Args:
+        rows: (name, maker): a row's tensors live while it is measured.
+        timer: of the device the rows are on.
+        only: rows whose name matches this pattern.
+        peers: peers whose name matches this pattern.
+        seconds: rows that begin later are timed without their peers.
+        say: gets a line for each row as it is done.
+
+    Returns:
+        {"roofs": ..., "rows": [...]}, plain values for JSON.
+    """
+    torch.manual_seed(0)
+    roof = roofs(timer)
+    deadline = time.monotonic() + seconds
+    results = []
+    for name, make in rows:
+        if not re.search(only, name):
+            continue
+        results.append(measure(make(), timer, roof, peers=peers, deadline=deadline))
+        say(line(results[-1]))
+        if timer.device == "cuda":
+            torch.cuda.empty_cache()
+    return {"roofs": roof, "rows": results}
+
+
+def failures(table: dict) -> list[str]:
+    """Rows that failed or are wrong."""
+    return [line(row) for row in table["rows"] if "failed" in row or not row["error"] <= row["bound"]]
+
+
+def measure(row: Row, timer: Timer, roof: dict[str, float], *, peers: str = "", deadline: float = math.inf) -> dict:
+    """One row as plain values: error, floor, medians, ratios (above 1 we are faster) and why a peer did not run."""
+    rate = roof.get(f"{str(row.flop_dtype)[6:]}_flop_per_second", roof["float32_flop_per_second"])
+    floor = max(row.bytes / roof["copy_bytes_per_second"], row.flops / rate)
+    result: dict = {"name": row.name, "bytes": row.bytes, "flops": row.flops, "floor_ms": floor * 1e3,
+                    "bound": row.bound, "error": math.inf, "peers": {}}  # fmt: skip
+    try:
+        result["error"] = row.error()
+        row.ours()
+        if timer.device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # the table goes on; the row says why, and the whole run fails
+        result["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        return result
+    functions: dict[str, Callable[[], object]] = {"ours": row.ours}
+    for name, make in row.peers.items():
+        if not re.search(peers, name):
+            continue
+        result["peers"][name] = _ready(make, timer, deadline)
+        if callable(result["peers"][name]):
+            functions[name] = result["peers"].pop(name)
+    timings = timer.compare(functions, graph=row.graph)
+    ours = timings.pop("ours")
+    result.update(median_ms=ours.median * 1e3, best_ms=ours.best * 1e3, graph=ours.graph, share=floor / ours.median)
+    for name, timing in timings.items():
+        result["peers"][name] = {
+            "median_ms": timing.median * 1e3, "best_ms": timing.best * 1e3, "ratio": timing.median / ours.median,
+        }  # fmt: skip
+    return result
+
+
+def _ready(make: Callable[[], Callable[[], object]], timer: Timer, deadline: float) -> Callable[[], object] | str:
+    """The peer, called once; or why it does not run."""
+    if time.monotonic() > deadline:
+        return "not run: out of time"
+    try:
+        with time_limit(PEER_SECONDS):
+            peer = make()
+            peer()
+            if timer.device == "cuda":
+                torch.cuda.synchronize()
+        return peer
+    except Exception as error:  # a missing or failing peer is a finding, not an end
+        reason = str(error).strip().splitlines()
+        return f"not run: {type(error).__name__}: {reason[0][:160] if reason else ''}"
+
+
+def line(row: dict) -> str:
+    """One row for the terminal."""
+    if "failed" in row:
+        return f"{row['name']}: FAILED: {row['failed']}"
+    measured = {name: peer for name, peer in row["peers"].items() if isinstance(peer, dict)}
+    best = min(measured, key=lambda name: measured[name]["median_ms"], default=None)
+    against = f"{measured[best]['ratio']:6.2f}x {best}" if best else "      - no peer ran"
+    wrong = "" if row["error"] <= row["bound"] else f"  ERROR {row['error']:.1e} > {row['bound']:.1e}"
+    return f"{row['median_ms']:9.3f} ms  {row['share']:5.0%} of floor  {against}  {row['name']}{wrong}"
+
+
+def show(table: dict) -> str:
+    """The short table: median, share of the floor, ratio to the best peer."""
+    copy, single, half = (table["roofs"][name] / 1e9 for name in ROOFS)
+    lines = [
+        f"copy {copy:.0f} GB/s, products {single:.0f} (float32) and {half:.0f} GFLOP/s (bfloat16);",
+        "the floor of a row is the larger of its bytes and its products at these rates; a ratio above 1: we are faster",
+    ]
+    return "\n".join([*lines, *map(line, table["rows"])])

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""Times functions beside each other: interleaved rounds, device events, the caches emptied in between."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+WARMUP, ROUNDS = 5, 20
+FLUSH_BYTES = 256 << 20  # several times the second-level cache
+ROOFS = ("copy_bytes_per_second", "float32_flop_per_second", "bfloat16_flop_per_second")
+
+
+@dataclass(frozen=True)
+class Timing:
+    median: float
+    """Seconds."""
+    best: float
+    """Seconds."""
+    graph: bool
+    """Whether a CUDA graph was replayed."""
+
+
+class Timer:
+    """Measures on one device.
+
+    Args:
+        device: "cuda" or "cpu".
+        budget: seconds that one function may take in all; slow ones get fewer rounds.
+    """
+
+    def __init__(self, device: str, budget: float = 5.0) -> None:
+        self.device, self.budget = device, budget
+        self.flush = torch.empty(FLUSH_BYTES // 4, device=device) if device == "cuda" else None
+
+    def compare(self, functions: dict[str, Callable[[], object]], *, graph: bool = False) -> dict[str, Timing]:
+        """Median and best time of each function, called in turn round after round.
+
+        With `graph` all of them are recorded and replayed as CUDA graphs, or, where one cannot be, none is.
+        """
+        if self.device != "cuda":
+            return self._rounds(functions, False)
+        for function in functions.values():
+            for _ in range(WARMUP):
+                function()
+        torch.cuda.synchronize()
+        if graph:
+            try:
+                return self._rounds({name: _recorded(function) for name, function in functions.items()}, True)
+            except RuntimeError:  # something that waits for the device
+                torch.cuda.synchronize()
+        return self._rounds(functions, False)
+
+    def once(self, function: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        if self.device != "cuda":
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def _rounds(self, functions, graph):
+        first = {name: self.once(function) for name, function in functions.items()}
+        rounds = {name: max(3, min(ROUNDS, int(self.budget / max(t, 1e-9)))) for name, t in first.items()}
+        times: dict[str, list[float]] = {name: [] for name in functions}
+        for i in range(max(rounds.values())):
+            for name, function in functions.items():
+                if i < rounds[name]:
+                    times[name].append(self.once(function))
+        return {name: Timing(statistics.median(t), min(t), graph) for name, t in times.items()}
+
+
+def _recorded(function: Callable[[], object]) -> Callable[[], None]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def roofs(timer: Timer) -> dict[str, float]:
+    """What this machine does at best, on random data: bytes copied a second (read plus written), FLOP/s of products.
+
+    On a CPU the float32 rate is that of PyTorch's library, which a hand-written kernel may pass.
+    """
+    small = timer.device != "cuda"
+    count, side = (1 << 26, 2048) if small else (1 << 29, 8192)
+
+    def copy() -> float:
+        x, y = (torch.randn(count, device=timer.device) for _ in range(2))
+        return 2 * 4 * count / timer.compare({"copy": lambda: y.copy_(x)})["copy"].best
+
+    def product(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(side, side, device=timer.device, dtype=dtype) for _ in range(2))
+        return 2 * side**3 / timer.compare({"product": lambda: a @ b})["product"].best
+
+    return dict(zip(ROOFS, (copy(), product(torch.float32), product(torch.bfloat16)), strict=True))
