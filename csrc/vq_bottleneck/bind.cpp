@@ -44,7 +44,7 @@ TensorRef read_chunk(P& params, const TensorArg& logits_arg, const TensorArg& bi
   const TensorRef logits = logits_arg.as("logits");
   require_rank(logits, "logits", 2);
   matrix(logits_arg, "logits", {DType::kFloat32}, logits);
-  require(logits.shape[1] % 16 == 0 && 0 <= num_codes && num_codes <= logits.shape[1],
+  require(logits.shape[1] % 16 == 0 && 0 <= num_codes && num_codes <= logits.shape[1] && num_codes < INT32_MAX / 2,
           "logits: expected rows of a multiple of 16 elements, at least num_codes");
   params.logits = logits.as<const float>();
   params.stats = dense(stats, "stats", {logits.shape[0], 4}, logits, "logits").as<RowStats>();

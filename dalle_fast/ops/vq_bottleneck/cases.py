@@ -41,7 +41,8 @@ def _case(
         args = (x.requires_grad_(), weight.requires_grad_(), head_bias, codebook, tau)
         return args, {"seed": 7, "offset": 3, "codebook_bias": codebook_bias, **options}
 
-    return Case(name, build, dtypes)
+    cells = math.prod(shape) // shape[1]
+    return Case(name, build, dtypes, flops=2 * cells * codes * (shape[1] + width))
 
 
 def _composed(
@@ -71,7 +72,8 @@ ROOM = Room(
         _case("cold", 1, 6, 2, 4, codes=40, width=5, tau=1 / 16),
         _case("warm", 7, 4, codes=300, width=3, tau=5.0, seed=2**63 + 5, offset=2**40 + 1),
         _case("wide", 5, 4, codes=1100, width=2),
-        _case("widest", 2, 1, codes=8200, width=1, bias=False, dtypes=(torch.float32, torch.bfloat16)),
+        # CUDA: beyond what threads hold in registers
+        _case("beyond", 2, 1, codes=16401, width=1, bias=False, dtypes=(torch.float32, torch.bfloat16)),
         _case("one", 1, 1, 1, 1, codes=1, width=1),
         _case("empty", 0, 4, 3, 3, codes=5, width=2),
     ),
