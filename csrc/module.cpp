@@ -22,6 +22,7 @@ void bind_minifloat(pybind11::module_&);
 void bind_null(pybind11::module_&);
 void bind_powersgd(pybind11::module_& m);
 void bind_sparse_attention(pybind11::module_&);
+void bind_vq_bottleneck(pybind11::module_&);
 }  // namespace dalle_fast
 
 #if defined(DF_SIMT)
@@ -60,6 +61,7 @@ PYBIND11_MODULE(DF_MODULE, m) {
   bind_null(m);
   bind_powersgd(m);
   bind_sparse_attention(m);
+  bind_vq_bottleneck(m);
 
   m.def("cpu_level", [] { return static_cast<int>(cpu_level()); });
   m.def("best_cpu_level", [] { return static_cast<int>(best_cpu_level()); });

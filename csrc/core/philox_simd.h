@@ -23,40 +23,92 @@ DF_INLINE VecW mul_even(VecU a, VecU b) {
 #endif
 }
 
-DF_INLINE void mul_wide(VecU a, uint32_t m, VecU* high, VecU* low) {
-  const VecU factor = splat_u(m);
-  const VecW even = mul_even(a, factor);
-  const VecW odd = mul_even((VecU)((VecW)a >> 32), factor);
-  *high = (VecU)((even >> 32) | (odd & 0xffffffff00000000ull));
-  *low = (VecU)((even & 0xffffffffull) | (odd << 32));
-}
-
 struct PhiloxLanes {
   VecU word[4];
 };
 
-DF_INLINE PhiloxLanes philox_lanes(VecU c0, VecU c1, VecU c2, VecU c3, uint32_t k0, uint32_t k1) {
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    VecU high0, low0, high1, low1;
-    mul_wide(c0, kPhiloxMul0, &high0, &low0);
-    mul_wide(c2, kPhiloxMul1, &high1, &low1);
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
-    k0 += kPhiloxWeyl0;
-    k1 += kPhiloxWeyl1;
+// The keys of all rounds, in memory: as operands they cost nothing.
+struct PhiloxKey {
+  VecU k0[kPhiloxRounds], k1[kPhiloxRounds];
+};
+
+DF_INLINE PhiloxKey philox_key(uint32_t k0, uint32_t k1) {
+  PhiloxKey key;
+  for (int i = 0; i < kPhiloxRounds; ++i) {
+    key.k0[i] = splat_u(k0 + static_cast<uint32_t>(i) * kPhiloxWeyl0);
+    key.k1[i] = splat_u(k1 + static_cast<uint32_t>(i) * kPhiloxWeyl1);
   }
-  return {{c0, c1, c2, c3}};
+  return key;
+}
+
+// The even and the odd generators apart, in 64-bit lanes of which only the lower half counts: so products come and go
+// without a shuffle.
+DF_INLINE PhiloxLanes philox_lanes(VecU c0, VecU c1, VecU c2, VecU c3, const PhiloxKey& key) {
+  VecW a[2] = {(VecW)c0, (VecW)c0 >> 32}, b[2] = {(VecW)c1, (VecW)c1 >> 32};
+  VecW c[2] = {(VecW)c2, (VecW)c2 >> 32}, d[2] = {(VecW)c3, (VecW)c3 >> 32};
+  const VecU mul0 = splat_u(kPhiloxMul0), mul1 = splat_u(kPhiloxMul1);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int i = 0; i < 2; ++i) {
+      const VecW product0 = mul_even((VecU)a[i], mul0), product1 = mul_even((VecU)c[i], mul1);
+      a[i] = (product1 >> 32) ^ b[i] ^ (VecW)key.k0[round];
+      b[i] = product1;
+      c[i] = (product0 >> 32) ^ d[i] ^ (VecW)key.k1[round];
+      d[i] = product0;
+    }
+  }
+  const auto join = [](const VecW (&x)[2]) { return (VecU)((x[0] & 0xffffffffull) | x[1] << 32); };
+  return {{join(a), join(b), join(c), join(d)}};
 }
 
 // g = -ln(-ln u), u = (word >> 8 + 0.5) * 2^-24. Near 1, where float32 cannot hold u, ln u comes from the exact 1 - u.
-DF_INLINE VecF gumbel(VecU word) {
-  const VecI bits = (VecI)(word >> 8);
-  const VecF u = (__builtin_convertvector(bits, VecF) + splat(0.5f)) * splat(0x1p-24f);
-  const VecF t = (__builtin_convertvector(splat_i(0xffffff) - bits, VecF) + splat(0.5f)) * splat(0x1p-24f);
-  const VecI near_one = t < splat(0.29289f);
-  return -log(near_one ? -log_reduced(-t, VecF{}) : -log(u));
+template <int N>
+DF_INLINE void gumbel(VecF (&noise)[N], const VecU (&word)[N]) {
+  VecF exponent[N];
+  for (int k = 0; k < N; ++k) {
+    const VecF bits = __builtin_convertvector((VecI)(word[k] >> 8), VecF);
+    VecF u = bits * splat(0x1p-24f) + splat(0x1p-25f);
+    const VecF minus_t = (bits - splat(16777215.0f)) * splat(0x1p-24f) - splat(0x1p-25f);  // u - 1
+    const VecI near_one = minus_t > splat(-0.29289f);
+    const VecI e = split_exponent(u);
+    noise[k] = near_one ? minus_t : u;
+    exponent[k] = __builtin_convertvector(near_one ? VecI{} : e, VecF);
+  }
+  log_reduced(noise, exponent);
+  for (int k = 0; k < N; ++k) {
+    noise[k] = -noise[k];
+    exponent[k] = __builtin_convertvector(split_exponent(noise[k]), VecF);
+  }
+  log_reduced(noise, exponent);
+  for (int k = 0; k < N; ++k) noise[k] = -noise[k];
+}
+
+// The noise of (seed, offset).
+struct NoiseKey {
+  PhiloxKey key;
+  uint32_t c2, c3;
+};
+
+DF_INLINE NoiseKey noise_key(uint64_t seed, uint64_t offset) {
+  return {philox_key(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)), static_cast<uint32_t>(offset),
+          static_cast<uint32_t>(offset >> 32)};
+}
+
+constexpr int kNoiseCodes = 4 * kLanes;  // of kLanes generators
+
+// Noise of codes [first, first + kNoiseCodes) of one row, in their order; first is a multiple of 4.
+DF_INLINE void gumbel_of_codes(VecF (&noise)[4], int64_t first, uint32_t row, const NoiseKey& key) {
+  VecU block = {};  // generators in the order that join_words undoes
+  for (int i = 0; i < kLanes; ++i) block[i] = i % 4 * (kLanes / 4) + i / 4;
+  block += static_cast<uint32_t>(first / 4);
+  VecU words[4];
+  join_words(words, philox_lanes(block, splat_u(row), splat_u(key.c2), splat_u(key.c3), key.key).word);
+  gumbel(noise, words);
+}
+
+// Noise of codes [first, first + 4) of kLanes rows; first is a multiple of 4.
+DF_INLINE void gumbel_of_rows(VecF (&noise)[4], int64_t first, VecU row, const NoiseKey& key) {
+  const VecU block = splat_u(static_cast<uint32_t>(first / 4));
+  gumbel(noise, philox_lanes(block, row, splat_u(key.c2), splat_u(key.c3), key.key).word);
 }
 
 }  // namespace DF_CPU_NAMESPACE

@@ -26,6 +26,7 @@ inline constexpr int kLanes = kVecBytes / 4;
 typedef float VecF __attribute__((vector_size(kVecBytes)));
 typedef int32_t VecI __attribute__((vector_size(kVecBytes)));
 typedef uint32_t VecU __attribute__((vector_size(kVecBytes)));
+typedef int64_t VecL __attribute__((vector_size(kVecBytes)));       // half as many 64-bit lanes
 typedef uint16_t VecH __attribute__((vector_size(kVecBytes / 2)));  // 16-bit storage, half as many bytes
 
 struct bf16 {
@@ -63,6 +64,19 @@ DF_INLINE V select(VecI mask, V a, V b) {
 }
 DF_INLINE VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 DF_INLINE VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
+DF_INLINE bool any_greater(VecF a, VecF b) {  // in some lane; NaN is not greater
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(a > b)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)(a > b)) != 0;
+#else
+  for (int i = 0; i < kLanes; ++i)
+    if (a[i] > b[i]) return true;
+  return false;
+#endif
+}
 DF_INLINE VecF vabs(VecF a) { return bit_cast<VecF>(bit_cast<VecU>(a) & 0x7fffffffu); }
 
 DF_INLINE VecF vsqrt(VecF a) {
@@ -199,6 +213,21 @@ DF_INLINE void transpose(VecU (&v)[kLanes]) {
   }
 }
 
+// The four words of each lane, one after the other: lane 4 j + i becomes words 4 j ... 4 j + 3 of result i. In blocks of
+// 128 bits, where shuffles are cheap.
+DF_INLINE void join_words(VecU (&out)[4], const VecU (&word)[4]) {
+  VecI low = {};
+  VecL low_pair = {};
+  for (int i = 0; i < kLanes; ++i) low[i] = i / 4 * 4 + i % 4 / 2 + i % 2 * kLanes;
+  for (int i = 0; i < kLanes / 2; ++i) low_pair[i] = i / 2 * 2 + i % 2 * (kLanes / 2);
+  for (int i = 0; i < 2; ++i) {
+    const VecL first = (VecL)__builtin_shuffle(word[0], word[1], low + 2 * i);
+    const VecL second = (VecL)__builtin_shuffle(word[2], word[3], low + 2 * i);
+    out[2 * i] = (VecU)__builtin_shuffle(first, second, low_pair);
+    out[2 * i + 1] = (VecU)__builtin_shuffle(first, second, low_pair + 1);
+  }
+}
+
 // 32-bit words [kLanes, kLanes]; leading dimensions in words
 DF_INLINE void transpose_block(void* to, int64_t ldt, const void* from, int64_t ldf) {
   VecU v[kLanes];
@@ -231,6 +260,23 @@ DF_INLINE float hmax(VecF v) {
   return a[0];
 #endif
 }
+
+// Within its scope this thread takes subnormal numbers for zero and makes none: one of them in a vector may cost some
+// 150 cycles, and low temperatures make many.
+class FlushSubnormals {
+ public:
+#if defined(__SSE2__)
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040u); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned before_;
+#else
+  FlushSubnormals() {}
+#endif
+};
 
 // ---- elementary functions (coefficients: Cephes, S. Moshier), about 1 ulp
 
@@ -280,21 +326,35 @@ DF_INLINE VecF exp(VecF x) {
 #endif
 }
 
-// ln((1 + m) * 2^ef) for m in [sqrt(1/2) - 1, sqrt(2) - 1]
+// ln((1 + m) * 2^ef) for m in [sqrt(1/2) - 1, sqrt(2) - 1], in place of m. N vectors side by side: one alone would wait
+// for its own chain of products.
+template <int N>
+DF_INLINE void log_reduced(VecF (&m)[N], const VecF (&ef)[N]) {
+  constexpr float kCoefficients[] = {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                                     -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  VecF p[N];
+  for (int k = 0; k < N; ++k) p[k] = splat(7.0376836292e-2f);
+  for (const float c : kCoefficients)
+    for (int k = 0; k < N; ++k) p[k] = p[k] * m[k] + splat(c);
+  for (int k = 0; k < N; ++k) {
+    const VecF z = m[k] * m[k];
+    p[k] = p[k] * m[k] * z + ef[k] * splat(-2.12194440e-4f);
+    p[k] = p[k] - splat(0.5f) * z;
+  }
+  for (int k = 0; k < N; ++k) m[k] = m[k] + p[k] + ef[k] * splat(0.693359375f);
+}
 DF_INLINE VecF log_reduced(VecF m, VecF ef) {
-  const VecF z = m * m;
-  VecF p = splat(7.0376836292e-2f);
-  p = p * m + splat(-1.1514610310e-1f);
-  p = p * m + splat(1.1676998740e-1f);
-  p = p * m + splat(-1.2420140846e-1f);
-  p = p * m + splat(1.4249322787e-1f);
-  p = p * m + splat(-1.6668057665e-1f);
-  p = p * m + splat(2.0000714765e-1f);
-  p = p * m + splat(-2.4999993993e-1f);
-  p = p * m + splat(3.3333331174e-1f);
-  VecF y = p * m * z + ef * splat(-2.12194440e-4f);
-  y = y - splat(0.5f) * z;
-  return m + y + ef * splat(0.693359375f);
+  VecF result[1] = {m};
+  const VecF exponent[1] = {ef};
+  log_reduced(result, exponent);
+  return result[0];
+}
+
+// Normal, finite x > 0 as (1 + m) 2^e with 1 + m in [sqrt(1/2), sqrt(2)); x becomes m.
+DF_INLINE VecI split_exponent(VecF& x) {
+  const VecI bits = bit_cast<VecI>(x), e = (bits - 0x3f3504f3) >> 23;
+  x = bit_cast<VecF>(bits - (e << 23)) - splat(1.0f);
+  return e;
 }
 
 // log(x) for x > 0; 0 gives -Inf, negative and NaN give NaN, Inf stays Inf. Accurate near 1 (relative to the result).

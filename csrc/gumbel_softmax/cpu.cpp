@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Two layouts. Codes dense: a vector holds neighbouring codes; kLanes generators make 4 kLanes codes, which a small
-// buffer puts in order. Rows dense: a vector holds the same code of neighbouring rows, and a generator's four words are
+// Two layouts. Codes dense: a vector holds neighbouring codes; kLanes generators make 4 kLanes codes. Rows dense: a vector holds the same code of neighbouring rows, and a generator's four words are
 // four codes. Per block of rows the perturbed logits wait in scratch (V floats a row), so memory is read and written
 // once.
 #include "gumbel_softmax.h"
@@ -16,41 +15,22 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 
 namespace {
 
-constexpr int kBlock = 4 * kLanes;  // codes of kLanes generators
-
-struct Key {
-  uint32_t k0, k1, c2, c3;
-};
-
-DF_INLINE Key key_of(const Params& p) {
-  return {static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32), static_cast<uint32_t>(p.offset),
-          static_cast<uint32_t>(p.offset >> 32)};
-}
-
-// Noise of codes [first, first + kBlock) of one row; first is a multiple of kBlock.
-DF_INLINE void noise_of_codes(float* out, int64_t first, uint32_t row, const Key& key) {
-  const VecU block = (VecU)lane_index() + static_cast<uint32_t>(first / 4);
-  const PhiloxLanes words = philox_lanes(block, splat_u(row), splat_u(key.c2), splat_u(key.c3), key.k0, key.k1);
-  float lanes[4][kLanes];
-  for (int w = 0; w < 4; ++w) storeu(lanes[w], gumbel(words.word[w]));
-  for (int i = 0; i < kLanes; ++i)
-    for (int w = 0; w < 4; ++w) out[4 * i + w] = lanes[w][i];
-}
+constexpr int kBlock = kNoiseCodes;
 
 // perturbed[c] = logits[c] + g for one row with dense codes; whole blocks, the end filled with -Inf.
 template <typename T>
-DF_INLINE void perturb_row(float* perturbed, const T* x, int64_t num_codes, uint32_t row, const Key& key) {
+DF_INLINE void perturb_row(float* perturbed, const T* x, int64_t num_codes, uint32_t row, const NoiseKey& key) {
   for (int64_t c = 0; c < num_codes; c += kBlock) {
-    noise_of_codes(perturbed + c, c, row, key);
+    VecF noise[4];
+    gumbel_of_codes(noise, c, row, key);
     for (int k = 0; k < 4; ++k) {
       const int64_t at = c + k * kLanes;
       const int64_t rest = num_codes - at;
-      const VecF noise = loadu(perturbed + at);
       if (rest >= kLanes) {
-        storeu(perturbed + at, noise + loadu(x + at));
+        storeu(perturbed + at, noise[k] + loadu(x + at));
       } else {
         const int n = rest > 0 ? static_cast<int>(rest) : 0;
-        const VecF sum = noise + load_n(x + at, n);
+        const VecF sum = noise[k] + load_n(x + at, n);
         storeu(perturbed + at, lane_index() < splat_i(n) ? sum : splat(-__builtin_inff()));
       }
     }
@@ -65,7 +45,7 @@ void soft_row(const Params& p, int64_t row) {
   const int64_t n = padded(p.num_codes);
   float* x = scratch.floats(n);
   perturb_row(x, static_cast<const T*>(p.logits) + row * p.num_codes, p.num_codes,
-              p.row_offset + static_cast<uint32_t>(row), key_of(p));
+              p.row_offset + static_cast<uint32_t>(row), noise_key(p.seed, p.offset));
   VecF best = splat(-__builtin_inff());
   VecI nan = {};
   for (int64_t c = 0; c < n; c += kLanes) {
@@ -96,7 +76,7 @@ void hard_row(const Params& p, int64_t row) {
   const int64_t n = padded(p.num_codes);
   float* x = scratch.floats(n);
   perturb_row(x, static_cast<const T*>(p.logits) + row * p.num_codes, p.num_codes,
-              p.row_offset + static_cast<uint32_t>(row), key_of(p));
+              p.row_offset + static_cast<uint32_t>(row), noise_key(p.seed, p.offset));
   float best = x[0];
   int64_t at = 0;
   for (int64_t c = 1; c < p.num_codes && best == best; ++c)  // the first NaN wins, as in torch.argmax
@@ -120,15 +100,15 @@ void soft_rows(const Params& p, int64_t o, int64_t i0) {
   float* x = scratch.floats(p.num_codes * kLanes);
   const T* in = static_cast<const T*>(p.logits) + o * p.num_codes * p.inner + i0;
   T* y = static_cast<T*>(p.y) + o * p.num_codes * p.inner + i0;
-  const Key key = key_of(p);
+  const NoiseKey key = noise_key(p.seed, p.offset);
   const VecU row = (VecU)lane_index() + (p.row_offset + static_cast<uint32_t>(o * p.inner + i0));
   VecF best = splat(-__builtin_inff());
   VecI nan = {};
   for (int64_t c = 0; c < p.num_codes; c += 4) {
-    const PhiloxLanes words =
-        philox_lanes(splat_u(static_cast<uint32_t>(c / 4)), row, splat_u(key.c2), splat_u(key.c3), key.k0, key.k1);
+    VecF noise[4];
+    gumbel_of_rows(noise, c, row, key);
     for (int w = 0; w < 4 && c + w < p.num_codes; ++w) {
-      const VecF v = load_rows(in + (c + w) * p.inner, n) + gumbel(words.word[w]);
+      const VecF v = load_rows(in + (c + w) * p.inner, n) + noise[w];
       best = vmax(v, best);
       nan |= v != v;
       storeu(x + (c + w) * kLanes, v);
@@ -152,15 +132,15 @@ template <typename T>
 void hard_rows(const Params& p, int64_t o, int64_t i0) {
   const int n = static_cast<int>(p.inner - i0 < kLanes ? p.inner - i0 : kLanes);
   const T* in = static_cast<const T*>(p.logits) + o * p.num_codes * p.inner + i0;
-  const Key key = key_of(p);
+  const NoiseKey key = noise_key(p.seed, p.offset);
   const VecU row = (VecU)lane_index() + (p.row_offset + static_cast<uint32_t>(o * p.inner + i0));
   VecF best = {};
   VecI at = {};
   for (int64_t c = 0; c < p.num_codes; c += 4) {
-    const PhiloxLanes words =
-        philox_lanes(splat_u(static_cast<uint32_t>(c / 4)), row, splat_u(key.c2), splat_u(key.c3), key.k0, key.k1);
+    VecF noise[4];
+    gumbel_of_rows(noise, c, row, key);
     for (int w = 0; w < 4 && c + w < p.num_codes; ++w) {
-      const VecF v = load_rows(in + (c + w) * p.inner, n) + gumbel(words.word[w]);
+      const VecF v = load_rows(in + (c + w) * p.inner, n) + noise[w];
       const VecI first = splat_i(c + w == 0 ? -1 : 0);
       const VecI better = (first | (v > best) | (v != v)) & ((best == best) | first);
       best = better ? v : best;

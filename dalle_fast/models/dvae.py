@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..nn import Conv2d, DecoderBlock, EncoderBlock, categorical_kl, logit_laplace_nll, map_pixels, unmap_pixels
-from ..ops import gumbel_softmax
+from ..nn import Conv2d, DecoderBlock, EncoderBlock, full_precision, logit_laplace_nll, map_pixels, unmap_pixels
+from ..ops import vq_bottleneck
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,15 @@ class DVAE(nn.Module):
             TypeError: `images` is not floating.
             ValueError: the shape does not fit.
         """
+        self._check(images)
+        return self.encoder(map_pixels(images))
+
+    def _check(self, images: torch.Tensor) -> None:
         side = self.config.downsampling
         if not images.is_floating_point():
             raise TypeError(f"images: expected a floating dtype in [0, 1], got {images.dtype}")
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % side or images.shape[3] % side:
             raise ValueError(f"images: expected [B, 3, H, W] with H, W multiples of {side}, got {list(images.shape)}")
-        return self.encoder(map_pixels(images))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Tokens by plain argmax, without noise: [B, 3, H, W] in [0, 1] -> [B, h, w] int64 (section 2.2)."""
@@ -210,10 +213,29 @@ class DVAE(nn.Module):
         Returns:
             Scalars and the detached decoder output.
         """
-        logits = self.encode_logits(images)  # [B, V, h, w]
-        z = gumbel_softmax(logits, tau, dim=1, seed=seed, offset=offset, row_offset=row_offset)
-        stats = self.decode_soft(z)
+        self._check(images)
+        *blocks, head = self.encoder.blocks
+        stem, *rest = self.decoder.blocks
+        x = map_pixels(images)
+        for block in blocks:
+            x = block(x)
+        x = head.relu(x)
+        with full_precision(x):  # codes that are never laid out: z is the stem's output
+            z, kl = vq_bottleneck(
+                x.float(),
+                head.conv.w,
+                head.conv.b,
+                stem.w,
+                tau,
+                seed,
+                offset,
+                codebook_bias=stem.b,
+                row_offset=row_offset,
+            )  # [B, n_init, h, w], [B, h, w]
+        stats = z
+        for block in rest:
+            stats = block(stats)
         values = images[0].numel()
         nll = logit_laplace_nll(stats, map_pixels(images)).mean()
-        kl = categorical_kl(logits).sum() / (images.shape[0] * values)
+        kl = kl.sum() / (images.shape[0] * values)
         return DVAELoss(nll + beta * kl, nll.detach(), kl.detach(), stats.detach())

@@ -12,6 +12,7 @@ from .null import null
 from .pattern import AttentionPattern
 from .powersgd import powersgd_project, powersgd_reconstruct
 from .sparse_attention import sparse_attention
+from .vq_bottleneck import vq_bottleneck
 
 __all__ = [
     "AttentionPattern",
@@ -25,4 +26,5 @@ __all__ = [
     "powersgd_project",
     "powersgd_reconstruct",
     "sparse_attention",
+    "vq_bottleneck",
 ]

@@ -36,6 +36,7 @@ CUDA_ROOMS: set[str] = {
     "null",
     "powersgd",
     "sparse_attention",
+    "vq_bottleneck",
 }
 
 

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from .. import _backend
+from .._noise import check_noise, check_tau
 from . import op
 from .reference import gumbel_softmax_reference
-
-_MAX_ROWS = 2**32
-_LEAST_TAU = 1e-30  # its inverse is a float32
 
 
 def gumbel_softmax(
@@ -70,23 +66,17 @@ def gumbel_softmax(
         raise TypeError(f"logits: expected a floating torch.Tensor, got {got}")
     if logits.dim() == 0:
         raise ValueError("logits: expected at least one dimension, got a scalar")
-    for name, value in (("seed", seed), ("offset", offset), ("row_offset", row_offset), ("dim", dim)):
-        if not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
+    if not isinstance(dim, int):
+        raise TypeError(f"dim: expected an int, got {dim!r}")
     if not -logits.dim() <= dim < logits.dim():
         raise ValueError(f"dim: expected {-logits.dim()}..{logits.dim() - 1} for shape {list(logits.shape)}, got {dim}")
-    if not isinstance(tau, (int, float)):
-        raise TypeError(f"tau: expected a number, got {tau!r}")
-    if not _LEAST_TAU <= tau < math.inf:
-        raise ValueError(f"tau: expected a finite temperature > 0 (at least {_LEAST_TAU:g}), got {tau}")
+    check_tau(tau)
     dim = dim % logits.dim()
     num_codes = logits.shape[dim]
     if hard and num_codes == 0:
         raise ValueError(f"logits: expected at least one code in dim {dim}, got shape {list(logits.shape)}")
     num_rows = logits.numel() // num_codes if num_codes else 0
-    if row_offset < 0 or row_offset + num_rows > _MAX_ROWS:
-        raise ValueError(f"row_offset: expected 0..2^32 - {num_rows} (the rows of logits), got {row_offset}")
-    seed, offset = _signed64("seed", seed), _signed64("offset", offset)
+    seed, offset = check_noise(seed, offset, row_offset, num_rows, "logits")
 
     supported = logits.dtype in op.DTYPES
     chosen = _backend.choose(
@@ -97,10 +87,3 @@ def gumbel_softmax(
     if hard:
         return op.gumbel_argmax(logits, dim, seed, offset, row_offset)
     return op.gumbel_softmax(logits, tau, dim, seed, offset, row_offset)
-
-
-def _signed64(name: str, value: int) -> int:
-    """The same 64 bits as the signed integer that torch's dispatcher can carry."""
-    if value < -(2**63) or value >= 2**64:
-        raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
-    return value - 2**64 if value >= 2**63 else value

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from .. import _backend
+from .._autocast import compute_dtype
 from . import op
 from .reference import linear_cross_entropy_reference
 
@@ -56,14 +57,7 @@ def linear_cross_entropy(
     _check(x, weight, target, bias)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
-    device_type = x.device.type
-    autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
-    if not autocast:
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.dtype != x.dtype:
-                raise TypeError(f"{name}: expected the dtype of x ({x.dtype}), got {tensor.dtype}")
-    # autocast leaves float64 alone
-    compute = torch.get_autocast_dtype(device_type) if autocast and x.dtype != torch.float64 else x.dtype
+    compute = compute_dtype(x, {"weight": weight, "bias": bias})
 
     supported = all(t is None or t.dtype in op.DTYPES for t in (x, weight, bias))
     chosen = _backend.choose(
