@@ -22,10 +22,16 @@ struct fp16_t {
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16_t x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float to_float(fp16_t x) {  // exact, subnormals, Inf and NaN included
+#if defined(DF_SIMT)
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   if (magnitude >= (0x7c00u << 13)) return bits_float(sign | (magnitude + (224u << 23)));
   return bits_float(sign | float_bits(bits_float(magnitude) * 0x1p112f));
+#else
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#endif
 }
 
 __device__ __forceinline__ void from_float(float* to, float x) { *to = x; }
@@ -55,6 +61,15 @@ __device__ __forceinline__ float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#endif
+}
+
+// Brings the line of an address into the second-level cache, if there is time.
+__device__ __forceinline__ void prefetch_line(const void* at) {
+#if !defined(DF_SIMT)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#else
+  (void)at;
 #endif
 }
 

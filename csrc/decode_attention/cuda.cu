@@ -20,122 +20,183 @@ namespace dalle_fast::decode_attention {
 namespace {
 
 constexpr int kMostDim = 256;
+constexpr int64_t kMostStride = int64_t{1} << 30;  // of slots made of vectors: 32 bits in bytes
 constexpr float kLog2e = 1.4426950408889634f;
 
 template <typename T>
 __device__ __forceinline__ T* row3(const Tensor3& t, int64_t b, int64_t h) {
-  return static_cast<T*>(t.data) + b * t.stride_b + h * t.stride_h;
+  return static_cast<T*>(t.data) + h * t.stride_h + b * t.stride_b;  // what a block has in common first
 }
 template <typename T>
 __device__ __forceinline__ T* row4(const Tensor4& t, int64_t b, int64_t h, int64_t l) {
-  return static_cast<T*>(t.data) + b * t.stride_b + h * t.stride_h + l * t.stride_l;
+  return static_cast<T*>(t.data) + h * t.stride_h + l * t.stride_l + b * t.stride_b;
 }
 
 struct Plan {
+  explicit Plan(const Params& p) : window(p) {}
   Window window;
-  int rows;             // of a block: 64, or 16
+  int rows;             // of a block: kManyRows, or 16
   int rows_of_caption;  // samples x query heads of a key-value head
+  int share;            // samples of a caption
   int tiles;            // blocks of a caption and key-value head
   int group;            // query heads of a key-value head
   Divisor by_tiles, by_kv_heads, by_group;
+  bool wide;     // a warp has rows of its own for the text; otherwise all have the same and share out the keys
   bool vectors;  // all rows begin at multiples of 16 bytes and are made of such
 };
 
-// Rows [0, count) of shared memory from row_of(r), or zeros where that is null; `valid` is any address with 16 bytes.
-template <typename T, int kDim, typename F>
-__device__ __forceinline__ void load_rows(T* tile, int count, int dim, bool vectors, const T* valid, F row_of) {
-  using S = Shape<T, kDim>;
-  for (int i = static_cast<int>(threadIdx.x); i < count * S::kChunks; i += kThreads) {
-    const int r = i / S::kChunks, c = i % S::kChunks * S::kChunk;
-    const T* const from = row_of(r);
-    T* const to = tile + r * S::kStride + c;
-    if (vectors) {
-      const bool there = from && c < dim;
-      DF_COPY_ASYNC_16(to, there ? from + c : valid, there);
-    } else {
-      for (int j = 0; j < S::kChunk; ++j) to[j] = from && c + j < dim ? from[c + j] : T{};
-    }
-  }
-}
-
-// ---- the kernel
-
+// Rows [begin, begin + count) of a caption and key-value head, which belong to samples from first_sample on.
 template <typename T, int kDim>
 struct Block {
   using S = Shape<T, kDim>;
+  using Part = RowPart<T, kDim>;
   const Params& p;
   const Plan& plan;
-  const Token token;
-  const int64_t caption, kv;
-  const int begin, count, dim, warp, lane;  // rows [begin, begin + count) of the caption
+  Token token;
+  int caption, kv, begin, count, first_sample, num_samples, dim, warp, lane;
 
-  __device__ __forceinline__ int64_t sample(int row) const {
-    return caption * (p.batch / p.text_batch) + plan.by_group.divide(begin + row);
+  __device__ __forceinline__ Block(const Params& p_, const Plan& plan_, int64_t position)
+      : p(p_), plan(plan_), token(plan_.window.token(static_cast<int>(position))) {
+    const int head = plan.by_tiles.divide(static_cast<int>(blockIdx.x)), kv_heads = static_cast<int>(p.num_kv_heads);
+    caption = plan.by_kv_heads.divide(head);
+    kv = head - caption * kv_heads;
+    begin = (static_cast<int>(blockIdx.x) - head * plan.tiles) * plan.rows;
+    const int left = plan.rows_of_caption - begin;
+    count = left < plan.rows ? left : plan.rows;
+    first_sample = plan.by_group.divide(begin);
+    num_samples = plan.by_group.divide(begin + count - 1) + 1 - first_sample;
+    dim = static_cast<int>(p.head_dim);
+    warp = static_cast<int>(threadIdx.x) / 32;
+    lane = static_cast<int>(threadIdx.x) % 32;
   }
-  __device__ __forceinline__ int member(int row) const {  // of the group
-    return begin + row - plan.by_group.divide(begin + row) * plan.group;
-  }
+  // q or out
   __device__ __forceinline__ T* at(const Tensor3& t, int row) const {
-    return row3<T>(t, sample(row), kv * plan.group + member(row));
+    const int sample = plan.by_group.divide(begin + row), member = begin + row - sample * plan.group;
+    return row3<T>(t, batch_of(sample), kv * plan.group + member);
   }
-  __device__ __forceinline__ const T* text(const Tensor4& t, int key) const {
-    return key < token.num_text ? row4<T>(t, caption, kv, key) : nullptr;
+  __device__ __forceinline__ int64_t batch_of(int sample) const {
+    return static_cast<int64_t>(caption) * plan.share + sample;
   }
 
-  // The window and the new token itself of one row, a part of `parts`; part 0 also writes the token into its cache.
+  // Rows [0, rows) of shared memory from row_of(r), or zeros where that is null.
+  template <typename F>
+  __device__ __forceinline__ void load_rows(T* tile, int rows, F row_of) const {
+    const T* const valid = at(p.q, 0);
+    DF_ROLLED
+    for (int i = static_cast<int>(threadIdx.x); i < rows * S::kChunks; i += kThreads) {
+      const int r = i / S::kChunks, c = i % S::kChunks * S::kChunk;
+      const T* const from = row_of(r);
+      const bool there = from && c < dim;
+      T* const to = tile + r * S::kStride + c;
+      const T* const chunk = there ? from + c : valid;
+      const int channels = there ? dim - c : 0;
+      plan.vectors ? load_chunk<true>(to, chunk, channels) : load_chunk<false>(to, chunk, channels);
+    }
+  }
+  // 16 bytes of a row with so many channels left, or zeros; `from` can be read in any case.
   template <bool kVectors>
-  __device__ __forceinline__ RowPart<T, kDim> look_back(const T* q_row, int row, int part, int parts) const {
-    using Part = RowPart<T, kDim>;
-    const int64_t b = sample(row);
-    Vector16 new_k[S::kPer], new_v[S::kPer];
-    DF_UNROLL
-    for (int u = 0; u < S::kPer; ++u) {
-      new_k[u] = load_chunk<kVectors>(row3<T>(p.k, b, kv), Part::channel(u), dim);
-      new_v[u] = load_chunk<kVectors>(row3<T>(p.v, b, kv), Part::channel(u), dim);
+  __device__ __forceinline__ static void load_chunk(T* to, const T* from, int left) {
+    if constexpr (kVectors) {
+      DF_COPY_ASYNC_16(to, from, left > 0);
+    } else {
+      DF_ROLLED
+      for (int j = 0; j < S::kChunk; ++j) to[j] = j < left ? from[j] : T{};
     }
-    float q[S::kHeld];
-    DF_UNROLL
-    for (int i = 0; i < S::kHeld; ++i)
-      q[i] = to_float(q_row[Part::channel(i / S::kChunk) + i % S::kChunk]) * (p.scale * kLog2e);
-    Part r;
-    r.template add_window<kVectors>(q, row4<T>(p.image_k, b, kv, 0), row4<T>(p.image_v, b, kv, 0), p.image_k.stride_l,
-                                    p.image_v.stride_l, plan.window, token, dim, part, parts);
-    if (part > 0) return r;
-    float x[S::kHeld];
-    DF_UNROLL
-    for (int u = 0; u < S::kPer; ++u) unpack_chunk<T>(x + u * S::kChunk, new_v[u]);
-    r.merge(Part::dot(q, new_k), 1.0f, [&](int i) { return x[i]; });
-    if (member(row) > 0 || lane >= S::kLanes) return r;
-    T* const to_k = token.text ? row4<T>(p.text_k, b, kv, token.position) : row4<T>(p.image_k, b, kv, token.slot);
-    T* const to_v = token.text ? row4<T>(p.text_v, b, kv, token.position) : row4<T>(p.image_v, b, kv, token.slot);
-    DF_UNROLL
-    for (int u = 0; u < S::kPer; ++u) {
-      store_chunk<kVectors>(to_k, Part::channel(u), dim, new_k[u]);
-      store_chunk<kVectors>(to_v, Part::channel(u), dim, new_v[u]);
-    }
-    return r;
   }
-  __device__ __forceinline__ RowPart<T, kDim> look_back(const T* q_row, int row, int part, int parts) const {
-    return plan.vectors ? look_back<true>(q_row, row, part, parts) : look_back<false>(q_row, row, part, parts);
+  // The i-th tile of text keys before the token, and its values.
+  __device__ __forceinline__ void load_text(T* stages, int i) const {
+    T* const keys = stages + i % 2 * 2 * S::kTile;
+    const auto row_of = [&](const Tensor4& t, int r) {
+      const int key = i * S::kKeys + r;
+      return key < token.num_text ? row4<T>(t, caption, kv, key) : nullptr;
+    };
+    load_rows(keys, S::kKeys, [&](int r) { return row_of(p.text_k, r); });
+    load_rows(keys + S::kTile, S::kKeys, [&](int r) { return row_of(p.text_v, r); });
+    copy_async_commit();
   }
 
-  __device__ __forceinline__ void write(int row, const RowPart<T, kDim>& r) const {
+  // A batch of a sample's window, and with the first the new token, into a stage of this warp: each lane loads what it
+  // is going to read. Bits of the result say which keys of the batch are there.
+  template <bool kVectors>
+  __device__ __forceinline__ unsigned load_window(Vector16* stage, int sample, int batch) const {
+    const int64_t b = batch_of(sample);
+    const T* const keys = row4<T>(p.image_k, b, kv, 0);
+    const T* const values = row4<T>(p.image_v, b, kv, 0);
+    const int mine = lane < S::kBatch ? plan.window.slot(token, batch * S::kBatch + lane) : -1;
+    const auto load = [&](int i, const T* key, const T* value, bool there) {
+      DF_UNROLL
+      for (int u = 0; u < S::kPer; ++u) {
+        const int c = Part::channel(u), first = c < dim ? c : 0, left = there ? dim - c : 0;
+        T* const to = reinterpret_cast<T*>(stage + (i * S::kPer + u) * 32 + lane);
+        load_chunk<kVectors>(to, key + first, left);
+        load_chunk<kVectors>(to + S::kStage / 2 * S::kChunk, value + first, left);
+      }
+    };
+    DF_UNROLL
+    for (int i = 0; i < S::kLoads; ++i) {
+      const int slot = __shfl_sync(0xffffffffu, mine, i * S::kTogether + lane / S::kLanes), at = slot < 0 ? 0 : slot;
+      load(i, row_at<kVectors>(keys, at, p.image_k.stride_l), row_at<kVectors>(values, at, p.image_v.stride_l),
+           slot >= 0);
+    }
+    load(S::kLoads, row3<T>(p.k, b, kv), row3<T>(p.v, b, kv), batch == 0);
+    copy_async_commit();
+    return __ballot_sync(0xffffffffu, mine >= 0);
+  }
+  __device__ __forceinline__ unsigned load_window(Vector16* stage, int sample, int batch) const {
+    return plan.vectors ? load_window<true>(stage, sample, batch) : load_window<false>(stage, sample, batch);
+  }
+  // The same lines into the second-level cache.
+  __device__ __forceinline__ void prefetch_window(int sample, int most) const {
+    DF_ROLLED
+    for (int i = lane; i < token.count && i < most; i += 32) {
+      const int slot = plan.window.slot(token, i);
+      if (slot < 0) continue;
+      for (int c = 0; c < dim; c += 128 / static_cast<int>(sizeof(T))) {
+        prefetch_line(row4<T>(p.image_k, batch_of(sample), kv, slot) + c);
+        prefetch_line(row4<T>(p.image_v, batch_of(sample), kv, slot) + c);
+      }
+    }
+  }
+  // The new token from a stage into its cache.
+  __device__ __forceinline__ void keep_token(const Vector16* stage, int sample) const {
+    if (lane >= S::kLanes) return;
+    const int64_t b = batch_of(sample);
+    T* const k = token.text ? row4<T>(p.text_k, b, kv, token.position) : row4<T>(p.image_k, b, kv, token.slot);
+    T* const v = token.text ? row4<T>(p.text_v, b, kv, token.position) : row4<T>(p.image_v, b, kv, token.slot);
+    for (int u = 0; u < S::kPer; ++u) {
+      const int c = Part::channel(u);
+      const T* const from = reinterpret_cast<const T*>(stage + (S::kLoads * S::kPer + u) * 32 + lane);
+      store_chunk(k + c, from, dim - c);
+      store_chunk(v + c, from + S::kStage / 2 * S::kChunk, dim - c);
+    }
+  }
+  __device__ __forceinline__ void store_chunk(T* to, const T* from, int left) const {
+    if (left <= 0) return;
+    if (plan.vectors) {
+      *reinterpret_cast<Vector16*>(to) = *reinterpret_cast<const Vector16*>(from);
+    } else {
+      DF_ROLLED
+      for (int j = 0; j < S::kChunk && j < left; ++j) to[j] = from[j];
+    }
+  }
+  __device__ __forceinline__ void write(int row, const Part& r) const {
     if (lane >= S::kLanes) return;
     const float inverse = 1.0f / r.sum;
+    T* const to = at(p.out, row);
     DF_UNROLL
     for (int u = 0; u < S::kPer; ++u) {
-      const float* x = r.out + u * S::kChunk;
-      Vector16 chunk;
+      const int c = Part::channel(u);
+      if (c >= dim) continue;
+      alignas(16) T chunk[S::kChunk];
       DF_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (sizeof(T) == 4)
-          chunk.word[i] = float_bits(x[i] * inverse);
-        else
-          chunk.word[i] = pack2<T>(x[2 * i] * inverse, x[2 * i + 1] * inverse);
+      for (int j = 0; j < S::kChunk; ++j) from_float(&chunk[j], r.out[u * S::kChunk + j] * inverse);
+      if (plan.vectors) {
+        *reinterpret_cast<Vector16*>(to + c) = *reinterpret_cast<const Vector16*>(chunk);
+      } else {
+        DF_UNROLL
+        for (int j = 0; j < S::kChunk; ++j)
+          if (c + j < dim) to[c + j] = chunk[j];
       }
-      const int c = RowPart<T, kDim>::channel(u);
-      plan.vectors ? store_chunk<true>(at(p.out, row), c, dim, chunk)
-                   : store_chunk<false>(at(p.out, row), c, dim, chunk);
     }
   }
 };
@@ -143,27 +204,16 @@ struct Block {
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, Shape<T, kDim>::kBlocks) decode(const Params p, const Plan plan) {
   using S = Shape<T, kDim>;
+  using Part = RowPart<T, kDim>;
   DF_DYNAMIC_SHARED(unsigned char, memory);
-  DF_SHARED(float, largest, kMostRows);
-  DF_SHARED(float, sum, kMostRows);
+  DF_SHARED(float, largest, 16 * kWarps);
+  DF_SHARED(float, sum, 16 * kWarps);
   T* const q = reinterpret_cast<T*>(memory + S::kWorkBytes);
-  T* const stages = reinterpret_cast<T*>(memory);         // keys, values, keys, values
-  float* const parts = reinterpret_cast<float*>(memory);  // after them: row r of warp w at 16 w + r
+  T* const text = reinterpret_cast<T*>(memory);
+  float* const parts = reinterpret_cast<float*>(memory);  // after the text: row r of warp w at 16 w + r
   const int64_t position = p.position_at ? *p.position_at : p.position;
   const bool possible = is_possible(p, position);
-  const int head = plan.by_tiles.divide(static_cast<int>(blockIdx.x)), caption = plan.by_kv_heads.divide(head);
-  const int begin = (static_cast<int>(blockIdx.x) - head * plan.tiles) * plan.rows;
-  const int left = plan.rows_of_caption - begin;
-  const Block<T, kDim> block{p,
-                             plan,
-                             plan.window.token(possible ? static_cast<int>(position) : plan.window.text_len),
-                             caption,
-                             head - caption * p.num_kv_heads,
-                             begin,
-                             left < plan.rows ? left : plan.rows,
-                             static_cast<int>(p.head_dim),
-                             static_cast<int>(threadIdx.x) / 32,
-                             static_cast<int>(threadIdx.x) % 32};
+  const Block<T, kDim> block(p, plan, possible ? position : 0);
   const int warp = block.warp, count = block.count, num_text = block.token.num_text;
   if (!possible) {
     for (int row = warp; row < count; row += kWarps)
@@ -171,29 +221,19 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kDim>::kBlocks) decode(cons
     return;
   }
 
-  const auto load = [&](int i) {
-    T* const k = stages + i % 2 * 2 * S::kTile;
-    const T* valid = block.at(p.q, 0);
-    load_rows<T, kDim>(k, S::kKeys, block.dim, plan.vectors, valid,
-                       [&](int r) { return block.text(p.text_k, i * S::kKeys + r); });
-    load_rows<T, kDim>(k + S::kTile, S::kKeys, block.dim, plan.vectors, valid,
-                       [&](int r) { return block.text(p.text_v, i * S::kKeys + r); });
-    copy_async_commit();
-  };
-  load_rows<T, kDim>(q, plan.rows, block.dim, plan.vectors, block.at(p.q, 0),
-                     [&](int r) { return r < count ? block.at(p.q, r) : nullptr; });
-  load(0);
-  const bool wide = plan.rows == kMostRows;  // warps have rows of their own, otherwise keys
-  const int text_parts = wide ? 1 : kWarps;  // of a row
+  block.load_rows(q, plan.rows, [&](int r) { return r < count ? block.at(p.q, r) : nullptr; });
+  block.load_text(text, 0);
+  for (int i = warp; i < block.num_samples && i < 3 * kWarps; i += kWarps)
+    block.prefetch_window(block.first_sample + i, 64);
   const float factor = p.scale * kLog2e;
   TextPart<kDim> part;
   for (int i = 0; i * S::kKeys < num_text; ++i) {
     copy_async_wait<0>();
     __syncthreads();  // tile i is here, and nobody reads tile i - 1 any more
-    if ((i + 1) * S::kKeys < num_text) load(i + 1);
-    const T* k = stages + i % 2 * 2 * S::kTile;
+    if ((i + 1) * S::kKeys < num_text) block.load_text(text, i + 1);
+    const T* k = text + i % 2 * 2 * S::kTile;
     const int there = num_text - i * S::kKeys, mine = warp * S::kShare;
-    if (wide) {
+    if (S::kManyRows > 16 && plan.wide) {
       if (warp * 16 < count)
         part.template add_keys<S::kKeys>(q + warp * 16 * S::kStride, k, k + S::kTile, there, factor);
     } else if (mine < S::kKeys && mine < there) {
@@ -203,6 +243,16 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kDim>::kBlocks) decode(cons
   }
   copy_async_wait<0>();
   __syncthreads();  // q is here, and nobody reads a tile any more
+
+  // A warp takes samples of its own, or, where there are too few, every fourth batch of each.
+  const bool alone = plan.wide || block.num_samples >= kWarps;
+  const int batches = block.token.count > S::kBatch ? (block.token.count + S::kBatch - 1) / S::kBatch : 1;
+  const int first_batch = alone ? 0 : warp, batch_step = alone ? 1 : kWarps, sample_step = alone ? kWarps : 1;
+  Vector16* const stages = reinterpret_cast<Vector16*>(memory + S::kPartBytes) + warp * 2 * S::kStage;
+  int sample = first_batch < batches ? (alone ? warp : 0) : block.num_samples, batch = first_batch;
+  unsigned there = 0;
+  if (sample < block.num_samples) there = block.load_window(stages, block.first_sample + sample, batch);
+
   DF_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int row = warp * 16 + block.lane / 4 + 8 * i, column = block.lane % 4 * 2;
@@ -216,24 +266,46 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kDim>::kBlocks) decode(cons
     }
   }
   __syncthreads();
-  // A warp looks back for rows of its own, or, where there are fewer than warps, all share the window of every row.
-  const bool alone = count >= kWarps;
-  for (int row = alone ? warp : 0; row < count; row += alone ? kWarps : 1) {
-    RowPart<T, kDim> r = block.look_back(q + row * S::kStride, row, alone ? 0 : warp, alone ? 1 : kWarps);
-    if (alone) {
-      for (int w = 0; w < text_parts; ++w) r.merge(parts, largest, sum, 16 * w + row);
-      block.write(row, r);
-    } else if (block.lane < S::kLanes) {
-      r.store(parts, largest, sum, 16 * warp + kWarps + row);  // behind the text's rows
+
+  for (int step = 0; sample < block.num_samples; ++step) {
+    const bool last = batch + batch_step >= batches;
+    const int next_sample = last ? sample + sample_step : sample, next_batch = last ? first_batch : batch + batch_step;
+    unsigned next_there = 0;
+    if (next_sample < block.num_samples) {
+      next_there = block.load_window(stages + (step + 1) % 2 * S::kStage, block.first_sample + next_sample, next_batch);
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
     }
+    const Vector16* const stage = stages + step % 2 * S::kStage;
+    const int first_row = (block.first_sample + sample) * plan.group - block.begin, end_row = first_row + plan.group;
+    if (batch == 0 && first_row >= 0) block.keep_token(stage, block.first_sample + sample);
+    for (int row = first_row > 0 ? first_row : 0; row < end_row && row < count; ++row) {
+      float q_row[S::kHeld];
+      DF_UNROLL
+      for (int i = 0; i < S::kHeld; ++i)
+        q_row[i] = to_float(q[row * S::kStride + Part::channel(i / S::kChunk) + i % S::kChunk]) * factor;
+      Part r(q_row, stage, there, batch == 0);
+      if (alone) {
+        r.merge(parts, largest, sum, row);
+        for (int w = 1; w < kWarps && batch == 0 && !plan.wide; ++w) r.merge(parts, largest, sum, 16 * w + row);
+        last ? block.write(row, r) : r.store(parts, largest, sum, row);
+      } else {
+        r.merge(parts, largest, sum, 16 * warp + row);
+        r.store(parts, largest, sum, 16 * warp + row);
+      }
+    }
+    sample = next_sample;
+    batch = next_batch;
+    there = next_there;
   }
   if (alone) return;
   __syncthreads();
-  if (warp >= count) return;
-  RowPart<T, kDim> r;
-  for (int w = 0; w < text_parts; ++w) r.merge(parts, largest, sum, 16 * w + warp);
-  for (int w = 0; w < kWarps; ++w) r.merge(parts, largest, sum, 16 * w + kWarps + warp);
-  block.write(warp, r);
+  for (int row = warp; row < count; row += kWarps) {
+    Part r;
+    for (int w = 0; w < kWarps; ++w) r.merge(parts, largest, sum, 16 * w + row);
+    block.write(row, r);
+  }
 }
 
 // ---- launch
@@ -241,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kDim>::kBlocks) decode(cons
 template <typename Tensor>
 bool is_vector_tensor(const Tensor& t, int chunk) {
   bool rows = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride_b % chunk == 0 && t.stride_h % chunk == 0;
-  if constexpr (std::is_same_v<Tensor, Tensor4>) rows = rows && t.stride_l % chunk == 0;
+  if constexpr (std::is_same_v<Tensor, Tensor4>) rows = rows && t.stride_l % chunk == 0 && t.stride_l < kMostStride;
   return rows;
 }
 bool has_vectors(const Params& p, int chunk) {
@@ -255,22 +327,25 @@ bool has_vectors(const Params& p, int chunk) {
 template <typename T, int kDim>
 void run(const Params& p, void* stream) {
   using S = Shape<T, kDim>;
-  const int64_t group = p.num_heads / p.num_kv_heads, rows = p.batch / p.text_batch * group;
+  const int64_t share = p.batch / p.text_batch, group = p.num_heads / p.num_kv_heads, rows = share * group;
   const int64_t heads = p.text_batch * p.num_kv_heads;
   const auto tiles = [&](int64_t of) { return (rows + of - 1) / of; };
+  if (p.batch * p.num_heads > INT32_MAX) throw std::invalid_argument("q: expected fewer than 2^31 rows");
   // 64 rows share each text key, but 16 leave more blocks, and more warps for the text of each
-  const bool wide = rows > 16 && 2 * heads * tiles(kMostRows) >= 3 * multiprocessors(p.device.index);
-  Plan plan{Window(p), wide ? kMostRows : 16, static_cast<int>(rows), 0, static_cast<int>(group), {}, {}, {}, false};
-  const int64_t blocks = heads * tiles(plan.rows);
-  if (rows > INT32_MAX || blocks > INT32_MAX) throw std::invalid_argument("q: too many rows for one launch");
+  Plan plan(p);
+  plan.wide = S::kManyRows > 16 && rows > 16 && 2 * heads * tiles(S::kManyRows) >= 3 * multiprocessors(p.device.index);
+  plan.rows = plan.wide ? S::kManyRows : 16;
+  plan.rows_of_caption = static_cast<int>(rows);
+  plan.share = static_cast<int>(share);
   plan.tiles = static_cast<int>(tiles(plan.rows));
+  plan.group = static_cast<int>(group);
   plan.by_tiles = Divisor(static_cast<uint32_t>(plan.tiles));
   plan.by_kv_heads = Divisor(static_cast<uint32_t>(p.num_kv_heads));
   plan.by_group = Divisor(static_cast<uint32_t>(group));
   plan.vectors = has_vectors(p, S::kChunk);
   const std::size_t bytes = S::kWorkBytes + sizeof(T) * static_cast<std::size_t>(plan.rows * S::kStride);
   allow_dynamic_shared(decode<T, kDim>, bytes);
-  DF_LAUNCH((decode<T, kDim>), static_cast<unsigned>(blocks), kThreads, bytes, stream, p, plan);
+  DF_LAUNCH((decode<T, kDim>), static_cast<unsigned>(heads * plan.tiles), kThreads, bytes, stream, p, plan);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The two parts of a row's softmax: the text's, 16 rows of a warp on tensor cores, and the image window's, one row of a
-// warp by vector loads. Exponents are those of 2.
+// warp by vectors. Exponents are those of 2.
 #pragma once
 
 #include "../core/mma.cuh"
@@ -9,31 +9,40 @@
 namespace dalle_fast::decode_attention {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kMostRows = 16 * kWarps;  // of a block
 
 template <typename T, int kDim>
 struct Shape {
   static constexpr bool kWide = sizeof(T) == 4;
   static constexpr int kChunk = 16 / sizeof(T);  // elements of a 16-byte load
+  static constexpr int kChunks = kDim / kChunk;
   static constexpr int kStride = kDim + kChunk;  // of rows in shared memory: eight at one column lie in other banks
-  static constexpr int kKeys = (kDim == 256 ? 32 : 64) / (kWide ? 2 : 1);  // of a text tile
+  // rows of a block, where there are many
+  static constexpr int kManyRows = kDim == 256 ? 16 : 16 * kWarps;
+
+  // text: two stages of tiles of keys and values
+  static constexpr int kKeys = (kDim == 256 ? 32 : 64) / (kWide ? 2 : 1);
   static constexpr int kTile = kKeys * kStride;
+  static constexpr int kTileBytes = 4 * kTile * static_cast<int>(sizeof(T));
   static constexpr int kStep = kWide ? 8 : 16;                                    // keys of one product
   static constexpr int kShare = kKeys / kWarps > kStep ? kKeys / kWarps : kStep;  // of a warp that has its own keys
+
+  // softmax parts, 16 of a warp
   static constexpr int kPartStride = kDim + 8;
-  static constexpr int kStageBytes = 4 * kTile * static_cast<int>(sizeof(T));  // two stages of keys and values
-  static constexpr int kPartBytes = kMostRows * kPartStride * 4;
-  static constexpr int kWorkBytes = kStageBytes > kPartBytes ? kStageBytes : kPartBytes;
-  // blocks of a multiprocessor: as many as shared memory holds, and registers without spills
-  static constexpr int kBlocks = kDim <= 64 ? 3 : kDim == 128 ? 2 : 1;
-  // lanes of the window: kLanes of them share a key, each with kPer chunks of its channels
-  static constexpr int kChunks = kDim / kChunk;
+  static constexpr int kPartBytes = 16 * kWarps * kPartStride * static_cast<int>(sizeof(float));
+
+  // windows: a warp loads kLoads x kTogether keys at once, kLanes lanes each with kPer chunks of a key
   static constexpr int kLanes = kChunks < 32 ? kChunks : 32;
   static constexpr int kPer = kChunks / kLanes;
-  static constexpr int kTogether = 32 / kLanes;  // keys of a warp's load
-  // loads of keys, and of values, in flight: what a row of 32 keys needs, or 16 chunks
-  static constexpr int kLoads = kTogether > 4 ? 32 / kTogether : 8 / kPer;
-  static constexpr int kHeld = kPer * kChunk;  // channels of a lane
+  static constexpr int kTogether = 32 / kLanes;
+  static constexpr int kLoads = kTogether > 4 ? 32 / kTogether : (kDim <= 64 ? 8 : 4) / kPer;
+  static constexpr int kBatch = kLoads * kTogether;
+  static constexpr int kHeld = kPer * kChunk;                  // channels of a lane
+  static constexpr int kStage = 2 * (kLoads + 1) * kPer * 32;  // vectors: keys, values; one load more for the new token
+  static constexpr int kWindowBytes = 2 * kStage * kWarps * 16;
+
+  // windows follow the parts, which follow the text
+  static constexpr int kWorkBytes = kTileBytes > kPartBytes + kWindowBytes ? kTileBytes : kPartBytes + kWindowBytes;
+  static constexpr int kBlocks = kDim == 256 ? 1 : 2;  // of a multiprocessor: as many as its shared memory holds
 };
 
 // combined with the lanes whose numbers differ in some of the bits first, 2 * first, ... below end
@@ -92,11 +101,12 @@ __device__ __forceinline__ void accumulate(float (*out)[4], const float* keep, c
   multiply_add<kCount, kDim, T>(out, weights, values);
 }
 // Columns t and t + 4 of a fragment of weights are keys 2t and 2t + 1: what a C fragment holds. The sum of a tile is
-// made apart, because tensor cores round sums towards zero.
+// made apart, because tensor cores round sums towards zero, unless registers are short.
 template <int kCount, int kDim>
 __device__ __forceinline__ void accumulate(float (*out)[4], const float* keep, const float (*weights)[4],
                                            const float* values) {
   constexpr int kStride = Shape<float, kDim>::kStride;
+  constexpr bool kApart = kDim < 256;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   uint32_t a[kCount / 8][2][4];
   DF_UNROLL
@@ -106,14 +116,16 @@ __device__ __forceinline__ void accumulate(float (*out)[4], const float* keep, c
   for (int n = 0; n < kDim / 8; ++n) {
     float c[4] = {};
     DF_UNROLL
+    for (int i = 0; i < 4; ++i) out[n][i] *= keep[i / 2];
+    DF_UNROLL
     for (int k = 0; k < kCount / 8; ++k) {
       uint32_t b[2][2];
       DF_UNROLL
       for (int i = 0; i < 2; ++i) split_tf32(b[0][i], b[1][i], values[(k * 8 + 2 * t + i) * kStride + n * 8 + g]);
-      multiply_split(c, a[k], b);
+      multiply_split(kApart ? c : out[n], a[k], b);
     }
     DF_UNROLL
-    for (int i = 0; i < 4; ++i) out[n][i] = out[n][i] * keep[i / 2] + c[i];
+    for (int i = 0; i < 4; ++i) out[n][i] += c[i];
   }
 }
 
@@ -152,7 +164,18 @@ struct TextPart {
   }
 };
 
-// ---- the window, by vector loads
+// ---- the window, by vectors
+
+// Row i of a tensor; the launch sees to it that the stride of vectors fits 32 bits, in bytes.
+template <bool kVectors, typename T>
+__device__ __forceinline__ const T* row_at(const T* base, int i, int64_t stride) {
+  if constexpr (kVectors)
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) +
+                                      static_cast<uint64_t>(static_cast<uint32_t>(i)) *
+                                          (static_cast<uint32_t>(stride) * static_cast<uint32_t>(sizeof(T))));
+  else
+    return base + i * stride;
+}
 
 template <typename T>
 __device__ __forceinline__ void unpack_chunk(float* x, const Vector16& chunk) {
@@ -167,46 +190,7 @@ __device__ __forceinline__ void unpack_chunk(float* x, const Vector16& chunk) {
     }
   }
 }
-
-// 16 bytes of a row from channel c on; zeros where there is no row or no channel.
-template <bool kVectors, typename T>
-__device__ __forceinline__ Vector16 load_chunk(const T* row, int c, int dim) {
-  constexpr int kChunk = 16 / sizeof(T);
-  Vector16 chunk{};
-  if (!row || c >= dim) return chunk;
-  if constexpr (kVectors) {
-    chunk = *reinterpret_cast<const Vector16*>(row + c);
-  } else {
-    DF_UNROLL
-    for (int j = 0; j < kChunk; ++j) {
-      if (c + j >= dim) continue;
-      if constexpr (sizeof(T) == 4)
-        chunk.word[j] = float_bits(row[c + j]);
-      else
-        chunk.word[j / 2] |= static_cast<uint32_t>(row[c + j].bits) << 16 * (j % 2);
-    }
-  }
-  return chunk;
-}
-template <bool kVectors, typename T>
-__device__ __forceinline__ void store_chunk(T* row, int c, int dim, const Vector16& chunk) {
-  constexpr int kChunk = 16 / sizeof(T);
-  if (c >= dim) return;
-  if constexpr (kVectors) {
-    *reinterpret_cast<Vector16*>(row + c) = chunk;
-  } else {
-    DF_UNROLL
-    for (int j = 0; j < kChunk; ++j) {
-      if (c + j >= dim) continue;
-      if constexpr (sizeof(T) == 4)
-        row[c + j] = bits_float(chunk.word[j]);
-      else
-        row[c + j].bits = static_cast<uint16_t>(chunk.word[j / 2] >> 16 * (j % 2));
-    }
-  }
-}
-
-// One row's softmax, spread over a warp: lane l holds chunks l % kLanes, + kLanes, ... of the channels.
+// A part of one row's softmax, spread over a warp: lane l has chunks l % kLanes, + kLanes, ... of the channels.
 template <typename T, int kDim>
 struct RowPart {
   using S = Shape<T, kDim>;
@@ -215,91 +199,71 @@ struct RowPart {
   __device__ __forceinline__ static int channel(int u) {
     return (static_cast<int>(threadIdx.x) % S::kLanes + u * S::kLanes) * S::kChunk;
   }
-  __device__ __forceinline__ static float dot(const float* q, const Vector16* key) {
-    float score = 0.0f;
-    DF_UNROLL
-    for (int u = 0; u < S::kPer; ++u) {
-      float x[S::kChunk];
-      unpack_chunk<T>(x, key[u]);
-      DF_UNROLL
-      for (int j = 0; j < S::kChunk; ++j) score += q[u * S::kChunk + j] * x[j];
-    }
-    return across<1, S::kLanes>(score, add);
-  }
-  // `its_sum` and `value(i)` are relative to `its_largest`
-  template <typename F>
-  __device__ __forceinline__ void merge(float its_largest, float its_sum, F value) {
-    const float now = larger(its_largest, largest), shift = shift_of(now);
-    const float keep = fast_exp2(largest - shift), weight = fast_exp2(its_largest - shift);
-    largest = now;
-    sum = sum * keep + its_sum * weight;
-    DF_UNROLL
-    for (int i = 0; i < S::kHeld; ++i) out[i] = out[i] * keep + value(i) * weight;
-  }
-  // to and from shared memory
+  // what follows the text's parts in shared memory
   __device__ __forceinline__ void merge(const float* parts, const float* all_largest, const float* all_sum, int i) {
     const float* part = parts + i * S::kPartStride;
-    merge(all_largest[i], all_sum[i], [&](int j) { return part[channel(j / S::kChunk) + j % S::kChunk]; });
+    const float now = larger(all_largest[i], largest), shift = shift_of(now);
+    const float keep = fast_exp2(largest - shift), weight = fast_exp2(all_largest[i] - shift);
+    largest = now;
+    sum = sum * keep + all_sum[i] * weight;
+    DF_UNROLL
+    for (int j = 0; j < S::kHeld; ++j) out[j] = out[j] * keep + part[channel(j / S::kChunk) + j % S::kChunk] * weight;
   }
   __device__ __forceinline__ void store(float* parts, float* all_largest, float* all_sum, int i) const {
     float* part = parts + i * S::kPartStride;
-    DF_UNROLL
-    for (int j = 0; j < S::kHeld; ++j) part[channel(j / S::kChunk) + j % S::kChunk] = out[j];
-    if (channel(0) > 0) return;
-    all_largest[i] = largest;
-    all_sum[i] = sum;
+    __syncwarp();  // everybody has merged what was there
+    if (threadIdx.x % 32 < S::kLanes) {
+      DF_UNROLL
+      for (int j = 0; j < S::kHeld; ++j) part[channel(j / S::kChunk) + j % S::kChunk] = out[j];
+    }
+    if (threadIdx.x % 32 == 0) {
+      all_largest[i] = largest;
+      all_sum[i] = sum;
+    }
+    __syncwarp();
   }
-  // Key i of the window for i % step == first; a step is what a warp loads at once.
-  template <bool kVectors>
-  __device__ __forceinline__ void add_window(const float* q, const T* keys, const T* values, int64_t key_stride,
-                                             int64_t value_stride, const Window& window, const Token& token, int dim,
-                                             int first, int step) {
-    constexpr int kLoads = kVectors ? S::kLoads : 1, kBatch = kLoads * S::kTogether;
-    const int mine = static_cast<int>(threadIdx.x) % 32 / S::kLanes;
-    for (int begin = first * kBatch; begin < token.count; begin += step * kBatch) {
-      Vector16 k[kLoads][S::kPer], v[kLoads][S::kPer];
-      float s[kLoads];
+
+  // A stage of keys and values: load i has the keys i x kTogether + lane / kLanes of a batch, if their bits are set in
+  // `there`, and the last one the new token, if it is `first`.
+  __device__ __forceinline__ RowPart(const float* q, const Vector16* stage, unsigned there, bool first) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    there >>= lane / S::kLanes;
+    const Vector16* const keys = stage + lane;
+    const Vector16* const values = keys + S::kStage / 2;
+    float s[S::kLoads + 1];
+    DF_UNROLL
+    for (int i = 0; i <= S::kLoads; ++i) {
+      s[i] = 0.0f;
       DF_UNROLL
-      for (int i = 0; i < kLoads; ++i) {
-        const int slot = window.slot(token, begin + i * S::kTogether + mine);
-        s[i] = slot < 0 ? -INFINITY : 0.0f;
+      for (int u = 0; u < S::kPer; ++u) {
+        float x[S::kChunk];
+        unpack_chunk<T>(x, keys[(i * S::kPer + u) * 32]);
         DF_UNROLL
-        for (int u = 0; u < S::kPer; ++u) {
-          k[i][u] = load_chunk<kVectors>(slot < 0 ? nullptr : keys + slot * key_stride, channel(u), dim);
-          v[i][u] = load_chunk<kVectors>(slot < 0 ? nullptr : values + slot * value_stride, channel(u), dim);
-        }
+        for (int j = 0; j < S::kChunk; ++j) s[i] += q[u * S::kChunk + j] * x[j];
       }
-      float now = largest;
+      s[i] = across<1, S::kLanes>(s[i], add);
+      if (!(i < S::kLoads ? there >> i * S::kTogether & 1u : first && lane < S::kLanes)) s[i] = -INFINITY;
+      largest = larger(s[i], largest);
+    }
+    largest = across<S::kLanes, 32>(largest, larger);
+    const float shift = shift_of(largest);
+    DF_UNROLL
+    for (int i = 0; i <= S::kLoads; ++i) {
+      const float weight = fast_exp2(s[i] - shift);
+      sum += weight;
       DF_UNROLL
-      for (int i = 0; i < kLoads; ++i) {
-        s[i] += dot(q, k[i]);
-        now = larger(s[i], now);
-      }
-      const float shift = shift_of(now), keep = fast_exp2(largest - shift);
-      largest = now;
-      sum *= keep;
-      DF_UNROLL
-      for (int i = 0; i < S::kHeld; ++i) out[i] *= keep;
-      DF_UNROLL
-      for (int i = 0; i < kLoads; ++i) {
-        const float weight = fast_exp2(s[i] - shift);
-        sum += weight;
+      for (int u = 0; u < S::kPer; ++u) {
+        float x[S::kChunk];
+        unpack_chunk<T>(x, values[(i * S::kPer + u) * 32]);
         DF_UNROLL
-        for (int u = 0; u < S::kPer; ++u) {
-          float x[S::kChunk];
-          unpack_chunk<T>(x, v[i][u]);
-          DF_UNROLL
-          for (int j = 0; j < S::kChunk; ++j) out[u * S::kChunk + j] += weight * x[j];
-        }
+        for (int j = 0; j < S::kChunk; ++j) out[u * S::kChunk + j] += weight * x[j];
       }
     }
-    // the lanes that held other keys
-    const float all = across<S::kLanes, 32>(largest, larger), keep = fast_exp2(largest - shift_of(all));
-    largest = all;
-    sum = across<S::kLanes, 32>(sum * keep, add);
+    sum = across<S::kLanes, 32>(sum, add);
     DF_UNROLL
-    for (int i = 0; i < S::kHeld; ++i) out[i] = across<S::kLanes, 32>(out[i] * keep, add);
+    for (int i = 0; i < S::kHeld; ++i) out[i] = across<S::kLanes, 32>(out[i], add);
   }
+  RowPart() = default;
 };
 
 }  // namespace dalle_fast::decode_attention
