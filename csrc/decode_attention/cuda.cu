@@ -2,16 +2,17 @@
 // One launch a layer. A block takes rows (samples, times the query heads of a group) of one caption and key-value head:
 // 64, a warp 16 of them, or, where few rows have to fill the machine, 16, whose text keys the warps share out. Text
 // keys and values come through two stages of asynchronous copies, once for all rows, and meet them on tensor cores
-// (float32 as three products of tf32 parts). Then a warp takes a row's image window: lanes over channels and keys, 16
-// loads of 16 bytes in flight a lane, merged with the text's part under one softmax. The new key and value come from
-// the arguments, and nobody reads the slot that they are written to. Only the kernel looks at the position.
+// (float32 as three products of tf32 parts). Then a warp takes samples, or all warps share one where there are fewer:
+// batches of the image window come through two stages of copies that belong to the warp, lanes over channels and keys,
+// and join the text's part under one softmax. The new key and value come from the arguments, and nobody reads the slot
+// that they are written to. Only the kernel looks at the position; grid and shared memory do not depend on it.
 //
 // Floor: windows once a sample, text once a block from the second-level cache. 512 samples of one caption, 62 heads x
 // 64 channels, 256 + 33 keys, bfloat16: 268 MB of windows, 62 us at 4.3 TB/s or 108 k cycles of a multiprocessor, which
-// has 3.76 blocks of 64 rows. Their text is 7.9 M multiply-adds, 8 k cycles at 1024 a cycle (half the peak of
-// mma.sync); float32 has twice the bytes, and at a sixth of that rate 46 k of 216 k cycles. Their windows are 2.0 MB,
-// at most 420 instructions of a warp for 8 KB: 27 k cycles of four schedulers. 16 warps hold 128 KB of loads in
-// flight; 4.3 TB/s at 1 us take 33 KB. Query heads of a group read a window again, from the first-level cache.
+// has 240 rows in 3.76 blocks. Their text is 7.9 M multiply-adds, 8 k cycles at 1024 a cycle (half the peak of
+// mma.sync); float32 has twice the bytes, and at a sixth of that rate 46 k of 216 k cycles. A window takes some 900
+// instructions of a warp: half of what four schedulers issue in that time. Two blocks hold up to 147 KB of windows in
+// flight; 4.3 TB/s at 1 us take 33 KB. The first windows go to the second-level cache while the text is worked on.
 #include <stdexcept>
 
 #include "parts.cuh"
@@ -120,16 +121,17 @@ struct Block {
   template <bool kVectors>
   __device__ __forceinline__ unsigned load_window(Vector16* stage, int sample, int batch) const {
     const int64_t b = batch_of(sample);
-    const T* const keys = row4<T>(p.image_k, b, kv, 0);
-    const T* const values = row4<T>(p.image_v, b, kv, 0);
+    const auto first = [&](int u) { return Part::channel(u) < dim ? Part::channel(u) : 0; };
+    const T* const keys = row4<T>(p.image_k, b, kv, 0) + first(0);
+    const T* const values = row4<T>(p.image_v, b, kv, 0) + first(0);
+    T* const to = reinterpret_cast<T*>(stage + lane);
     const int mine = lane < S::kBatch ? plan.window.slot(token, batch * S::kBatch + lane) : -1;
     const auto load = [&](int i, const T* key, const T* value, bool there) {
       DF_UNROLL
       for (int u = 0; u < S::kPer; ++u) {
-        const int c = Part::channel(u), first = c < dim ? c : 0, left = there ? dim - c : 0;
-        T* const to = reinterpret_cast<T*>(stage + (i * S::kPer + u) * 32 + lane);
-        load_chunk<kVectors>(to, key + first, left);
-        load_chunk<kVectors>(to + S::kStage / 2 * S::kChunk, value + first, left);
+        const int at = (i * S::kPer + u) * 32 * S::kChunk, left = there ? dim - Part::channel(u) : 0;
+        load_chunk<kVectors>(to + at, key + (first(u) - first(0)), left);
+        load_chunk<kVectors>(to + at + S::kStage / 2 * S::kChunk, value + (first(u) - first(0)), left);
       }
     };
     DF_UNROLL
@@ -138,14 +140,14 @@ struct Block {
       load(i, row_at<kVectors>(keys, at, p.image_k.stride_l), row_at<kVectors>(values, at, p.image_v.stride_l),
            slot >= 0);
     }
-    load(S::kLoads, row3<T>(p.k, b, kv), row3<T>(p.v, b, kv), batch == 0);
+    load(S::kLoads, row3<T>(p.k, b, kv) + first(0), row3<T>(p.v, b, kv) + first(0), batch == 0 && lane < S::kLanes);
     copy_async_commit();
     return __ballot_sync(0xffffffffu, mine >= 0);
   }
   __device__ __forceinline__ unsigned load_window(Vector16* stage, int sample, int batch) const {
     return plan.vectors ? load_window<true>(stage, sample, batch) : load_window<false>(stage, sample, batch);
   }
-  // The same lines into the second-level cache.
+  // The lines of the first keys into the second-level cache.
   __device__ __forceinline__ void prefetch_window(int sample, int most) const {
     DF_ROLLED
     for (int i = lane; i < token.count && i < most; i += 32) {
@@ -223,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kDim>::kBlocks) decode(cons
 
   block.load_rows(q, plan.rows, [&](int r) { return r < count ? block.at(p.q, r) : nullptr; });
   block.load_text(text, 0);
-  for (int i = warp; i < block.num_samples && i < 3 * kWarps; i += kWarps)
+  for (int i = warp; i < block.num_samples && i < 3 * kWarps; i += kWarps)  // what the cache has room for
     block.prefetch_window(block.first_sample + i, 64);
   const float factor = p.scale * kLog2e;
   TextPart<kDim> part;

@@ -87,24 +87,13 @@ ROOM = Room(
         _case("many", AttentionPattern("row", 40, (8, 8)), 40 + 60, batch=8, text_batch=1, heads=4, dim=64),
         _case("few", AttentionPattern("row", 70, (8, 8)), 70 + 50, batch=3, text_batch=1, heads=1, dim=64),
         _case("captions", AttentionPattern("row", 70, (3, 4)), 70 + 9, batch=40, on_device=True),
-        _case(
-            "tiles",
-            AttentionPattern("conv", 35, (4, 4), kernel=3),
-            35 + 11,
-            batch=24,
-            text_batch=1,
-            heads=6,
-            kv_heads=2,
-        ),
+        _case("tiles", AttentionPattern("conv", 35, (4, 4), kernel=3), 46, batch=24, text_batch=1, heads=6, kv_heads=2),
         _case("wide_heads", AttentionPattern("column", 33, (4, 2)), 33 + 6, batch=3, text_batch=1, dim=72),
-        _case("wider_heads", AttentionPattern("row", 9, (3, 3)), 9 + 5, batch=2, text_batch=1, heads=1, dim=128),
-        _case("widest_heads", AttentionPattern("row", 41, (2, 2)), 41 + 2, batch=5, text_batch=1, heads=1, dim=256),
-        _case(
-            "wide_window", AttentionPattern("conv", 2, (3, 4), kernel=5), 2 + 10, on_device=True, batch=2, text_batch=1
-        ),
-        _case(
-            "text_on_device", AttentionPattern("dense", 7, (2, 2)), 5, text_batch=4, heads=4, kv_heads=2, on_device=True
-        ),
+        _case("wider_heads", AttentionPattern("dense", 9, (4, 4)), 9 + 14, batch=2, text_batch=1, heads=1, dim=128),
+        _case("widest_heads", AttentionPattern("dense", 20, (2, 3)), 20 + 5, batch=5, text_batch=1, heads=1, dim=256),
+        _case("batches", AttentionPattern("dense", 3, (6, 6)), 3 + 35, batch=17, text_batch=1, heads=3, dim=4),
+        _case("wide_window", AttentionPattern("conv", 2, (3, 4), kernel=5), 12, batch=2, text_batch=1, on_device=True),
+        _case("text_at", AttentionPattern("dense", 7, (2, 2)), 5, text_batch=4, heads=4, kv_heads=2, on_device=True),
         _case("nowhere", AttentionPattern("row", 3, (2, 2)), 7, on_device=True),
         _case("text_of_many", AttentionPattern("row", 3, (2, 2)), 1, on_device=True),
     ),
