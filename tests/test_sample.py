@@ -12,10 +12,15 @@ from PIL import Image
 from safetensors import safe_open
 from tiny import DALLE as TINY
 from tiny import small_system
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dalle_fast.errors import CheckpointError, ConfigError, UserError
 from dalle_fast.models import DALLE
+from dalle_fast.models.dalle import DecodeCache
+from dalle_fast.ops import _backend
 from dalle_fast.sample import SampleOptions, System, contact_sheet, generate_tokens, rerank, save_result
+from dalle_fast.sample import decoder as decoder_module
+from dalle_fast.sample.decoder import ImageDecoder
 from dalle_fast.sample.generate import filter_logits
 from dalle_fast.sample.pictures import file_stem
 from dalle_fast.sample.tokens import write_tokens
@@ -108,6 +113,73 @@ def test_a_prefix_is_kept_and_the_rest_drawn_as_if_it_had_been(model):
         out = generate_tokens(model, TEXT, options, prefix=whole[1, :kept])
         assert (out[:, :kept] == whole[1, :kept]).all()
         assert torch.equal(out[1], whole[1])
+
+
+def decoded(decoder, image, kept):
+    """Logits of all tokens behind the first `kept`, the image being given."""
+    return torch.stack([decoder(image[:, i - 1] if i else None).clone() for i in range(kept, image.shape[1])])
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_a_position_in_device_memory_gives_the_same_bits(model, kept):
+    image = torch.randint(16, (3, 64), generator=torch.Generator().manual_seed(1))
+    image[:, :kept] = image[0, :kept]
+    prefix = image[:1, :kept] if kept else None
+    host, device = (ImageDecoder(model, TEXT[None], 3, prefix, count_on_device=on) for on in (False, True))
+    assert torch.equal(decoded(host, image, kept), decoded(device, image, kept))
+    for a, b in zip(host.caches, device.caches, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_one_recorded_step_serves_all_others(model, monkeypatch, possible):
+    """The machinery around the CUDA graph, with a stand-in for it: recording runs nothing, a replay runs the step."""
+    recordings, replays = [], []
+
+    def record(step, device):
+        recordings.append(device)
+        result = torch.full((3, 16), torch.nan)
+
+        def replay():
+            replays.append(1)
+            result.copy_(step())
+
+        return (result, replay) if possible else None
+
+    monkeypatch.setattr(decoder_module, "record", record)
+    image = torch.randint(16, (3, 64), generator=torch.Generator().manual_seed(1))
+    expected = decoded(ImageDecoder(model, TEXT[None], 3), image, 0)
+    decoder = ImageDecoder(model, TEXT[None], 3, count_on_device=True)
+    decoder._records = True
+    assert torch.equal(decoded(decoder, image, 0), expected)
+    assert len(recordings) == 1
+    assert len(replays) == (63 if possible else 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="records there")
+def test_a_failed_recording_is_a_warning():
+    with pytest.warns(RuntimeWarning, match="decoding without a CUDA graph"):
+        assert decoder_module.record(lambda: torch.zeros(1), torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_step_on_cuda_never_waits_for_the_device(kernels, monkeypatch):
+    """Fake CUDA tensors have no values: reading one on the host is an error."""
+    monkeypatch.setattr(_backend, "has_room", lambda room, device_type: kernels)
+    with FakeTensorMode(), torch.device("cuda"):
+        model = DALLE(TINY)
+        size = (TINY.num_heads, TINY.head_dim)
+        caches = [
+            DecodeCache(
+                *(torch.empty(1, size[0], TINY.text_len, size[1]) for _ in range(2)),
+                *(torch.empty(3, size[0], block.attention.pattern.image_cache_len, size[1]) for _ in range(2)),
+            )
+            for block in model.blocks
+        ]
+        index, last = torch.tensor([5]), torch.zeros(3, dtype=torch.int64)
+        logits = model.decode(caches, index, last, 3)
+    assert logits.shape == (3, 16)
+    assert logits.is_cuda
 
 
 def test_bad_options_are_named(model):

@@ -28,6 +28,7 @@ class DeviceGuard {
   explicit DeviceGuard(int) {}
 };
 inline std::size_t dynamic_shared_limit(int) { return 16 * 1024; }  // small, so that tests meet both sides of it
+inline int multiprocessors(int) { return 2; }                       // few, so that small grids fill them
 template <typename Kernel>
 void allow_dynamic_shared(Kernel, std::size_t) {}
 }  // namespace dalle_fast
@@ -56,7 +57,7 @@ void allow_dynamic_shared(Kernel, std::size_t) {}
 // Shared memory of a block: an array of a constant size, or what the launch asked for.
 #define DF_SHARED(T, name, count) __shared__ T name[count]
 #define DF_UNROLL _Pragma("unroll")
-#define DF_NO_UNROLL _Pragma("unroll 1")
+#define DF_NO_UNROLL _Pragma("unroll 1")  // long bodies, and loops of asynchronous copies, which do not wait anyway
 #define DF_DYNAMIC_SHARED(T, name)                                    \
   extern __shared__ __align__(128) unsigned char df_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(df_dynamic_shared)
@@ -100,6 +101,12 @@ class DeviceGuard {
  private:
   int previous_ = 0;
 };
+
+inline int multiprocessors(int device) {
+  int count = 0;
+  DF_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
 
 // Bytes of shared memory a block may have in all, and leave for a kernel to use more than 48 KiB of it.
 inline std::size_t dynamic_shared_limit(int device) {

@@ -112,6 +112,15 @@ __device__ __forceinline__ float fast_log2(float x) {
 #endif
 }
 
+// Brings the line of an address into the second-level cache, if there is time.
+__device__ __forceinline__ void prefetch_line(const void* at) {
+#if !defined(DF_SIMT)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#else
+  (void)at;
+#endif
+}
+
 // Division of n in [0, 2^31) by a constant: a product and a shift (Granlund and Montgomery, 1994).
 struct Divisor {
   uint32_t magic = 1, shift = 0;

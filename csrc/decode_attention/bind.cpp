@@ -33,7 +33,8 @@ void bind_decode_attention(pybind11::module_& m) {
   m.def("decode_attention_forward",
         [](const TensorArg& out, const TensorArg& q_arg, const TensorArg& k_arg, const TensorArg& v,
            const TensorArg& text_k_arg, const TensorArg& text_v, const TensorArg& image_k_arg, const TensorArg& image_v,
-           double scale, const PatternArg& pattern, int64_t position, std::uintptr_t stream) {
+           double scale, const PatternArg& pattern, int64_t position, const TensorArg& position_at,
+           std::uintptr_t stream) {
           const TensorRef q = q_arg.as("q");
           const TensorRef k = k_arg.as("k");
           const TensorRef text_k = text_k_arg.as("text_k");
@@ -56,6 +57,14 @@ void bind_decode_attention(pybind11::module_& m) {
           params.dtype = q.dtype;
           const int64_t heads = params.num_kv_heads, text_len = params.pattern.text_len;
           require(heads > 0 && params.num_heads % heads == 0, "k: the heads of q are not a multiple of its heads");
+          if (!position_at.is_none()) {  // back ends look at the value
+            const TensorRef at = position_at.as("position");
+            require_dtype(at, "position", {DType::kInt64});
+            require(at.numel() == 1, "position: expected one element");
+            require_same_device(at, "position", q, "q");
+            params.position_at = at.as<int64_t>();
+            position = params.pattern.length() - 1;  // which looks back furthest
+          }
           require(position >= 0 && position < params.pattern.length(), "position: outside of the pattern");
           require(params.batch == 0 || (params.text_batch > 0 && params.batch % params.text_batch == 0),
                   "text_k: the batch of q is not a multiple of its batch");

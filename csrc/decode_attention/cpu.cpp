@@ -116,7 +116,14 @@ void task(const Params& p, int64_t b, int64_t kv, const float* slots, int64_t nu
 }
 
 template <typename T>
-void run(const Params& p) {
+void run(Params p) {
+  if (p.position_at) p.position = *p.position_at;
+  if (!is_possible(p, p.position)) {
+    for (int64_t i = 0; i < p.batch * p.num_heads; ++i)
+      for (int64_t d = 0; d < p.head_dim; ++d)
+        store_n(row3<T>(p.out, i / p.num_heads, i % p.num_heads) + d, splat(__builtin_nanf("")), 1);
+    return;
+  }
   // slots as the bits of floats: the scratch is one of floats
   static thread_local ThreadScratch scratch;
   int64_t count = 0;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // One new token against a cache: text keys shared by batch / text_batch samples, image keys in rings where raster index
-// r lives in slot r % ring_len. The token's own key and value are written first.
+// r lives in slot r % ring_len. The token's own key and value are written too. Its position is an integer, or lies in
+// the memory of the device, where nobody can check it beforehand: outside of the pattern, or a text position where
+// samples share their text, makes `out` NaN and leaves the caches alone.
 #pragma once
 
 #include <cstdint>
@@ -31,11 +33,16 @@ struct Params {
   int64_t head_dim;
   int64_t ring_len;
   int64_t position;
+  const int64_t* position_at;  // if set, holds the position
   float scale;
   Pattern pattern;
   DType dtype;
   Device device;
 };
+
+DF_HD bool is_possible(const Params& p, int64_t position) {
+  return position >= (p.text_batch == p.batch ? 0 : p.pattern.text_len) && position < p.pattern.length();
+}
 
 DF_CPU_LAUNCHER(forward, Params)
 void forward_cuda(const Params& params, void* stream);

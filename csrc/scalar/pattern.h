@@ -20,8 +20,8 @@ struct Pattern {
   int64_t kernel;  // conv: side, odd
   bool wraparound;
 
-  int64_t image_len() const { return height * width; }
-  int64_t length() const { return text_len + image_len(); }
+  constexpr int64_t image_len() const { return height * width; }
+  constexpr int64_t length() const { return text_len + image_len(); }
 };
 
 // q, k: raster indices of the image, k <= q or not.

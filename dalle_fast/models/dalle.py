@@ -325,13 +325,15 @@ class DALLE(nn.Module):
 
     @torch.no_grad()
     def decode(
-        self, caches: list[DecodeCache], index: int, last: torch.Tensor | None, num_samples: int
+        self, caches: list[DecodeCache], index: int | torch.Tensor, last: torch.Tensor | None, num_samples: int
     ) -> torch.Tensor:
         """Logits of image token `index`, given the one before it.
 
         Args:
             caches: from `prefill`; this slot's keys and values are written into them.
             index: raster index of the token to predict; call with P, P + 1, ... in turn, P being the tokens prefilled.
+                An int, or an int64 tensor [1] on the device of the model: then the host never needs its value, and a
+                CUDA graph of one step serves all.
             last: [B] int64, token index - 1; None for index 0.
             num_samples: B.
 

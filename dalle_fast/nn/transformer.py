@@ -37,7 +37,7 @@ class SparseSelfAttention(nn.Module):
         out = sparse_attention(q, k, v, self.pattern)  # [B, H, L, D]
         return self.out(out.transpose(1, 2).flatten(2)), k, v
 
-    def step(self, x: torch.Tensor, cache: tuple[torch.Tensor, ...], position: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, cache: tuple[torch.Tensor, ...], position: int | torch.Tensor) -> torch.Tensor:
         """One token per sample: [B, width] -> [B, width]; writes its key and value into `cache`."""
         q, k, v = self._split(x)  # [B, H, D]
         return self.out(decode_attention(q, k, v, *cache, self.pattern, position).flatten(1))
@@ -109,7 +109,7 @@ class TransformerBlock(nn.Module):
         x = x + branch
         return x + self._mlp(x), k, v
 
-    def step(self, x: torch.Tensor, cache: tuple[torch.Tensor, ...], position: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, cache: tuple[torch.Tensor, ...], position: int | torch.Tensor) -> torch.Tensor:
         """One token per sample: [B, width] -> [B, width]."""
         x = x + self.attention.step(self.norm_attention(x), cache, position)
         return x + self._mlp(x)

@@ -11,6 +11,7 @@ import torch
 from ..errors import ConfigError
 from ..models import DALLE
 from ..ops import gumbel_softmax
+from .decoder import ImageDecoder
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def generate_tokens(
     for begin in range(0, options.num_samples, options.batch_size):
         size = min(options.batch_size, options.num_samples - begin)
         rows = size * (2 if guided else 1)
-        caches = model.prefill(texts, rows, None if prefix is None else prefix.expand(len(texts), -1))
+        decoder = ImageDecoder(model, texts, rows, None if prefix is None else prefix.expand(len(texts), -1))
         tokens = torch.empty(size, image_len, dtype=torch.int64, device=text.device)
         if prefix is not None:
             tokens[:, :num_kept] = prefix
@@ -111,7 +112,7 @@ def generate_tokens(
             last = None if index == 0 else tokens[:, index - 1]
             if guided and last is not None:
                 last = torch.cat((last, last))
-            logits = model.decode(caches, index, last, rows)
+            logits = decoder(last)
             if guided:
                 conditional, free = logits.chunk(2)
                 logits = free + options.guidance_scale * (conditional - free)

@@ -43,7 +43,9 @@ def decode_attention(
         image_k: [B, Hkv, R, D], R >= pattern.image_cache_len. Mutated for image positions.
         image_v: as `image_k`.
         pattern: who sees whom.
-        position: of the new token in the stream, 0 .. pattern.length - 1; an int or an int64 tensor of one element.
+        position: of the new token in the stream, 0 .. pattern.length - 1: an int, or an int64 tensor of one element on
+            the device of `q`. The host never looks at a tensor's value, so one CUDA graph serves all positions; one
+            that an int may not have (and a text position if Bt != B) gives NaN and leaves the caches as they are.
         scale: factor of the scores; None takes 1 / sqrt(D).
         backend: "auto", "cuda", "cpu" or "reference".
 
@@ -52,7 +54,7 @@ def decode_attention(
 
     Raises:
         TypeError: a tensor is not floating or has another dtype than `q`, or `pattern` is no AttentionPattern.
-        ValueError: shapes, devices, `position` or `scale` do not fit, or `backend` is unknown.
+        ValueError: shapes, devices, an int `position` or `scale` do not fit, or `backend` is unknown.
         RuntimeError: an explicit `backend` cannot run.
     """
     tensors = {"q": q, "k": k, "v": v, "text_k": text_k, "text_v": text_v, "image_k": image_k, "image_v": image_v}
@@ -69,7 +71,7 @@ def decode_attention(
             raise ValueError(f"{name}: expected {rank} dimensions, got shape {list(tensor.shape)}")
     if not isinstance(pattern, AttentionPattern):
         raise TypeError(f"pattern: expected an AttentionPattern, got {type(pattern).__name__}")
-    position = _position(position)
+    _check_position(position, q.device)
     batch, num_heads, head_dim = q.shape
     kv_heads, text_batch, ring_len = k.shape[1], text_k.shape[0], image_k.shape[2]
     if kv_heads == 0 or num_heads % kv_heads:
@@ -91,10 +93,12 @@ def decode_attention(
         raise ValueError(f"text_k: expected a batch that divides the {batch} of q, got {text_batch}")
     if ring_len < pattern.image_cache_len:
         raise ValueError(f"image_k: expected at least {pattern.image_cache_len} slots, got {ring_len}")
-    if not 0 <= position < pattern.length:
-        raise ValueError(f"position: expected 0 to {pattern.length - 1}, got {position}")
-    if position < pattern.text_len and text_batch != batch:
-        raise ValueError(f"text_k: a text position needs {batch} rows, one for each sample, got {text_batch}")
+    on_device = isinstance(position, torch.Tensor)
+    if not on_device:
+        if not 0 <= position < pattern.length:
+            raise ValueError(f"position: expected 0 to {pattern.length - 1}, got {position}")
+        if position < pattern.text_len and text_batch != batch:
+            raise ValueError(f"text_k: a text position needs {batch} rows, one for each sample, got {text_batch}")
     scale = head_dim**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
@@ -106,17 +110,18 @@ def decode_attention(
     caches = (text_k, text_v, image_k, image_v)
     if chosen == "reference":
         return decode_attention_reference(q, k, v, *caches, pattern, position, scale=scale)
-    return op.decode_attention(q, k, v, *caches, scale, position, *pattern.integers())
+    run = op.decode_attention_at if on_device else op.decode_attention
+    return run(q, k, v, *caches, scale, position, *pattern.integers())
 
 
-def _position(position: int | torch.Tensor) -> int:
+def _check_position(position: int | torch.Tensor, device: torch.device) -> None:
     if isinstance(position, torch.Tensor):
         if position.dtype != torch.int64 or position.numel() != 1:
             raise TypeError(
                 f"position: expected an int or an int64 tensor of one element, got {position.dtype} "
                 f"{list(position.shape)}"
             )
-        return int(position)
-    if isinstance(position, bool) or not isinstance(position, int):
+        if position.device != device:
+            raise ValueError(f"position: expected the device of q ({device}), got {position.device}")
+    elif isinstance(position, bool) or not isinstance(position, (int, torch.SymInt)):
         raise TypeError(f"position: expected an int or an int64 tensor of one element, got {position!r}")
-    return position

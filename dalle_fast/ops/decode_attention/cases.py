@@ -28,6 +28,7 @@ def _case(
     kv_heads: int | None = None,
     dim: int = 8,
     spare: int = 0,
+    on_device: bool = False,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> Case:
     kv = kv_heads or heads
@@ -40,7 +41,8 @@ def _case(
         text = [draw(text_batch, kv, pattern.text_len, dim) for _ in range(2)]
         image = [draw(batch, kv, slots, dim) for _ in range(2)]
         new = (draw(batch, heads, dim), draw(batch, kv, dim), draw(batch, kv, dim))
-        return (*new, *text, *image, pattern, position), {}
+        at = torch.tensor([position]) if on_device else position
+        return (*new, *text, *image, pattern, at), {}
 
     return Case(name, build, dtypes)
 
@@ -61,9 +63,9 @@ def _peer(q, k, v, text_k, text_v, image_k, image_v, pattern: AttentionPattern, 
     return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values).squeeze(2)
 
 
-def _paper(kind: str) -> Case:
+def _paper(kind: str, batch: int = 16) -> Case:
     pattern = AttentionPattern(kind, text_len=256, grid=(32, 32))
-    return _case(f"{kind} 256+32x32 x16", pattern, 256 + 700, batch=16, text_batch=1, heads=8, dim=64,
+    return _case(f"{kind} 256+32x32 x{batch}", pattern, 256 + 700, batch=batch, text_batch=1, heads=8, dim=64,
                  dtypes=(torch.float32, torch.bfloat16))  # fmt: skip
 
 
@@ -83,10 +85,21 @@ ROOM = Room(
         _case("one", AttentionPattern("dense", 1, (1, 1)), 1, batch=1, text_batch=1, heads=1, dim=1),
         _case("empty", AttentionPattern("row", 3, (2, 2)), 4, batch=0, text_batch=1),
         _case("many", AttentionPattern("row", 40, (8, 8)), 40 + 60, batch=8, text_batch=1, heads=4, dim=64),
+        _case("few", AttentionPattern("row", 70, (8, 8)), 70 + 50, batch=3, text_batch=1, heads=1, dim=64),
+        _case("captions", AttentionPattern("row", 70, (3, 4)), 70 + 9, batch=40, on_device=True),
+        _case("tiles", AttentionPattern("conv", 35, (4, 4), kernel=3), 46, batch=24, text_batch=1, heads=6, kv_heads=2),
+        _case("wide_heads", AttentionPattern("column", 33, (4, 2)), 33 + 6, batch=3, text_batch=1, dim=72),
+        _case("wider_heads", AttentionPattern("dense", 9, (4, 4)), 9 + 14, batch=2, text_batch=1, heads=1, dim=128),
+        _case("widest_heads", AttentionPattern("dense", 20, (2, 3)), 20 + 5, batch=5, text_batch=1, heads=1, dim=256),
+        _case("batches", AttentionPattern("dense", 3, (6, 6)), 3 + 35, batch=17, text_batch=1, heads=3, dim=4),
+        _case("wide_window", AttentionPattern("conv", 2, (3, 4), kernel=5), 12, batch=2, text_batch=1, on_device=True),
+        _case("text_at", AttentionPattern("dense", 7, (2, 2)), 5, text_batch=4, heads=4, kv_heads=2, on_device=True),
+        _case("nowhere", AttentionPattern("row", 3, (2, 2)), 7, on_device=True),
+        _case("text_of_many", AttentionPattern("row", 3, (2, 2)), 1, on_device=True),
     ),
     # float32: sums over a few hundred keys; 16-bit: the output is rounded once
     tolerance={torch.float32: (2e-5, 5e-6), torch.bfloat16: (1e-2, 4e-3), torch.float16: (2e-3, 5e-4)},
     differentiable=False,
-    benchmarks=(_paper("row"), _paper("column"), _paper("conv"), _paper("dense")),
+    benchmarks=(_paper("row"), _paper("column"), _paper("conv"), _paper("dense"), _paper("row", 64)),
     peers={"gather + F.scaled_dot_product_attention": _peer},
 )

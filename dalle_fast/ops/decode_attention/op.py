@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""torch's view of decode_attention: schema with mutated caches, allocation. No autograd."""
+"""torch's view of decode_attention: schema with mutated caches, allocation. No autograd.
+
+Two ops: the position as an integer, or as a tensor whose value stays on its device.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,34 @@ def _rows_dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _forward(q, k, v, text_k, text_v, image_k, image_v, scale, position, *pattern):
+def _run(q, k, v, text_k, text_v, image_k, image_v, scale, pattern, position, position_at):
     q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
     caches = (text_k, text_v, image_k, image_v)
     dense = [_rows_dense(cache) for cache in caches]
     out = q.new_empty(q.shape)
-    _C.decode_attention_forward(out, q, k, v, *dense, scale, pattern, position, stream_of(q))
+    _C.decode_attention_forward(out, q, k, v, *dense, scale, pattern, position, position_at, stream_of(q))
     for cache, copy in zip(caches, dense, strict=True):
         if copy is not cache:  # the token was written into a copy
             cache.copy_(copy)
     return out
 
 
+def _forward(q, k, v, text_k, text_v, image_k, image_v, scale, position, *pattern):
+    return _run(q, k, v, text_k, text_v, image_k, image_v, scale, pattern, position, None)
+
+
+def _forward_at(q, k, v, text_k, text_v, image_k, image_v, scale, position, *pattern):
+    return _run(q, k, v, text_k, text_v, image_k, image_v, scale, pattern, 0, position)
+
+
 def _forward_fake(q, k, v, text_k, text_v, image_k, image_v, scale, position, *pattern):
     return q.new_empty(q.shape)
 
 
-decode_attention = register_op(
-    "decode_attention",
+_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) text_k, Tensor(b!) text_v, Tensor(c!) image_k, Tensor(d!) image_v, "
-    "float scale, SymInt position, int kind, int text_len, int height, int width, int extent, int kernel, "
-    "int wraparound) -> Tensor",
-    _forward,
-    _forward_fake,
+    "float scale, {} position, int kind, int text_len, int height, int width, int extent, int kernel, "
+    "int wraparound) -> Tensor"
 )
+decode_attention = register_op("decode_attention", _SCHEMA.format("SymInt"), _forward, _forward_fake)
+decode_attention_at = register_op("decode_attention_at", _SCHEMA.format("Tensor"), _forward_at, _forward_fake)
