@@ -56,7 +56,7 @@ DF_INLINE PhiloxLanes philox_lanes(VecU c0, VecU c1, VecU c2, VecU c3, const Phi
       d[i] = product0;
     }
   }
-  const auto join = [](const VecW (&x)[2]) { return (VecU)((x[0] & 0xffffffffull) | x[1] << 32); };
+  const auto join = [](const VecW(&x)[2]) { return (VecU)((x[0] & 0xffffffffull) | x[1] << 32); };
   return {{join(a), join(b), join(c), join(d)}};
 }
 

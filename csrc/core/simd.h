@@ -213,8 +213,8 @@ DF_INLINE void transpose(VecU (&v)[kLanes]) {
   }
 }
 
-// The four words of each lane, one after the other: lane 4 j + i becomes words 4 j ... 4 j + 3 of result i. In blocks of
-// 128 bits, where shuffles are cheap.
+// The four words of each lane, one after the other: lane 4 j + i becomes words 4 j ... 4 j + 3 of result i. In blocks
+// of 128 bits, where shuffles are cheap.
 DF_INLINE void join_words(VecU (&out)[4], const VecU (&word)[4]) {
   VecI low = {};
   VecL low_pair = {};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Two layouts. Codes dense: a vector holds neighbouring codes; kLanes generators make 4 kLanes codes. Rows dense: a vector holds the same code of neighbouring rows, and a generator's four words are
-// four codes. Per block of rows the perturbed logits wait in scratch (V floats a row), so memory is read and written
-// once.
+// Two layouts. Codes dense: a vector holds neighbouring codes; kLanes generators make 4 kLanes codes. Rows dense: a
+// vector holds the same code of neighbouring rows, and a generator's four words are four codes. Per block of rows the
+// perturbed logits wait in scratch (V floats a row), so memory is read and written once.
 #include "gumbel_softmax.h"
 
 #include "../core/parallel.h"

@@ -148,8 +148,7 @@ void forward(const TensorArg& out, const TensorArg& kl, const TensorArg& stats, 
   params.out = result.as<float>();
   params.out_stride = result.shape[1];
   params.kl = dense(kl, "kl", {params.num_rows}, x, "x").as<float>();
-  params.workspace =
-      workspace_of(workspace, forward_workspace(params.num_channels, params.num_codes, params.width), x);
+  params.workspace = workspace_of(workspace, forward_workspace(params.num_channels, params.num_codes, params.width), x);
   run_on_cpu(x.device, [&] { forward_cpu(params); });
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Tiles of kTileRows rows, parallel: logits by a product into scratch, relax or gradient row by row while the tile is in
-// the cache, then the products that need it. The gradients of the weights are sums over rows: a chunk's dlogits and y
-// wait for a second round, parallel over codes. All orders of summation are fixed, whatever the number of threads.
+// Tiles of kTileRows rows, parallel: logits by a product into scratch, relax or gradient row by row while the tile is
+// in the cache, then the products that need it. The gradients of the weights are sums over rows: a chunk's dlogits and
+// y wait for a second round, parallel over codes. All orders of summation are fixed, whatever the number of threads.
 // The right-hand factors of products are packed once a call, a vector of columns after the other.
 //
 // A row goes in blocks of 4 kLanes codes, one call of kLanes Philox generators. relax computes everything in one pass
@@ -9,6 +9,7 @@
 // y and dl without its mean in a first pass and completes dl in a second.
 #include "vq_bottleneck.h"
 
+#include <cfloat>
 #include <cmath>
 #include <type_traits>
 
@@ -26,10 +27,8 @@ namespace {
 
 constexpr int64_t kBlock = kNoiseCodes;
 constexpr int64_t kTileRows = 32;
-constexpr int64_t kTaskCodes = 64;     // of a task that sums over rows
-constexpr float kLowest = -3.4028235e38f;  // where maxima begin: -Inf - kLowest is -Inf, not NaN
-
-constexpr float kLeastLog = -88.0f;      // of a probability: exp gives 0, and 0 * kLeastLog is 0
+constexpr int64_t kTaskCodes = 64;   // of a task that sums over rows
+constexpr float kLowest = -FLT_MAX;  // where maxima begin: -Inf - kLowest is -Inf, not NaN
 
 typedef VecF Codes[4];
 
@@ -100,7 +99,7 @@ void relax_row(const ForwardParams& p, const NoiseKey& key, float log_codes, flo
       const VecF d = x[k] - splat(largest_logit);
       const VecF q = exp(d);
       sum_q[k % 2] += q;
-      sum_qx[k % 2] += q * vmax(d, least);  // 0 * -Inf would not be 0
+      sum_qx[k % 2] += q * vmax(d, least);
       z[k] = exp((z[k] - splat(largest)) * factor);
       sum[k % 2] += z[k];
     }
@@ -121,7 +120,8 @@ void relax_row(const ForwardParams& p, const NoiseKey& key, float log_codes, flo
 }
 
 // logits become dlogits, dy becomes y
-void gradient_row(const BackwardParams& p, const NoiseKey& key, float log_codes, float* logits, float* dy, int64_t row) {
+void gradient_row(const BackwardParams& p, const NoiseKey& key, float log_codes, float* logits, float* dy,
+                  int64_t row) {
   const uint32_t number = p.noise.first_row + static_cast<uint32_t>(row);
   const RowStats stats = p.stats[row];
   const VecF factor = splat(p.noise.inverse_tau), least = splat(kLeastLog), dkl = splat(p.dkl[row]);
@@ -145,9 +145,8 @@ void gradient_row(const BackwardParams& p, const NoiseKey& key, float log_codes,
 
   const VecF mean = splat(hsum(sum[0] + sum[1]) * p.noise.inverse_tau);
   for_each_block(p.num_codes, [&](int64_t c, auto full) {
-    for_each_vector<full>(c, p.num_codes, [&](int, int64_t at) {
-      storeu(logits + at, loadu(logits + at) - mean * loadu(dy + at));
-    });
+    for_each_vector<full>(c, p.num_codes,
+                          [&](int, int64_t at) { storeu(logits + at, loadu(logits + at) - mean * loadu(dy + at)); });
   });
 }
 
@@ -278,7 +277,8 @@ void backward(const BackwardParams& p) {
       float* const dy = p.y + begin * p.stride;
       multiply<false>(logits, p.stride, p.x + row * p.x_stride, p.x_stride, head, count);
       multiply<false>(dy, p.stride, p.dout + row * p.width, p.width, codebook, count);
-      for (int64_t i = 0; i < count; ++i) gradient_row(p, key, log_codes, logits + i * p.stride, dy + i * p.stride, row + i);
+      for (int64_t i = 0; i < count; ++i)
+        gradient_row(p, key, log_codes, logits + i * p.stride, dy + i * p.stride, row + i);
       if (p.dx) multiply<false>(p.dx + row * p.dx_stride, p.dx_stride, logits, p.stride, transposed, count);
     });
     parallel_chunks(p.num_codes, kTaskCodes, [&](int64_t begin, int64_t end) {

@@ -1,20 +1,18 @@
 // SPDX-License-Identifier: MIT
-// A warp owns a row of up to 1024 codes, a block a longer one; a thread takes groups of four codes: one 16-byte load, one
-// Philox call. Up to 16384 codes wait in registers between the sums and the results, so that an element is read once,
-// written once, and costs one exponential a distribution: a thread's are taken against its own largest value, and one
-// factor a thread makes up for it. Longer rows are read twice and draw their noise twice.
+// A warp owns a row of up to 1024 codes, a block a longer one; a thread takes groups of four codes: one 16-byte load,
+// one Philox call. Up to 16384 codes wait in registers between the sums and the results, so that an element is read
+// once, written once, and costs one exponential a distribution: a thread's are taken against its own largest value, and
+// one factor a thread makes up for it. Longer rows are read twice and draw their noise twice.
 //
-// Floor: a chunk stays in the second-level cache, so instructions count. On sm_90 an element is about 38 of them forward
-// (Philox 9, noise 13, two exponentials and their sums) and 44 backward: for 8 x 32 x 32 rows of 8192 codes 87 us and 100
-// us of issue slots, beside 5 ms for each of the four products with C = 2048 at the rate of float32.
+// Floor: a chunk stays in the second-level cache, so instructions count. On sm_90 an element is about 38 of them
+// forward (Philox 9, noise 13, two exponentials and their sums) and 44 backward: for 8 x 32 x 32 rows of 8192 codes 87
+// us and 100 us of issue slots, beside 5 ms for each of the four products with C = 2048 at the rate of float32.
 #include "../core/gumbel.cuh"
 #include "../core/rows.cuh"
 #include "vq_bottleneck.h"
 
 namespace dalle_fast::vq_bottleneck {
 namespace {
-
-constexpr float kLeastLog = -88.0f;  // of a probability: its exponential is 0, and 0 * kLeastLog is 0
 
 __device__ __forceinline__ float fast_exp(float x) { return fast_exp2(x * kLog2e); }
 
@@ -137,7 +135,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) relax(const RelaxParams p, con
       for (int k = 0; k < 4; ++k) {
         const float d = x[i][k] - mine.largest_logit, q = fast_exp(d);
         mine.sum_q += q;
-        mine.sum_qx += q * fmaxf(d, kLeastLog);  // 0 * -Inf would not be 0
+        mine.sum_qx += q * fmaxf(d, kLeastLog);
         z[i][k] = fast_exp2((z[i][k] - mine.largest) * factor);
         mine.sum += z[i][k];
       }

@@ -21,6 +21,9 @@ struct RowStats {
   float largest, inverse_sum, largest_logit, log_sum;
 };
 
+// Of a probability, at least: the exponential of it is 0, and 0 * kLeastLog is 0, which 0 * -Inf is not.
+constexpr float kLeastLog = -88.0f;
+
 // Columns that kernels may write for `n`: whole vectors on any machine.
 constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -37,10 +40,10 @@ struct ForwardParams {
   float* out;  // [num_rows, out_stride >= padded(D)]
   float* kl;   // [num_rows]
   RowStats* stats;
-  const float* x;            // [num_rows, C], rows x_stride apart
-  const float* head_weight;  // [V, C]
-  const float* head_bias;    // [V] or null
-  const float* codebook;     // [D, V]
+  const float* x;              // [num_rows, C], rows x_stride apart
+  const float* head_weight;    // [V, C]
+  const float* head_bias;      // [V] or null
+  const float* codebook;       // [D, V]
   const float* codebook_bias;  // [D] or null
   float* workspace;            // forward_workspace()
   int64_t num_rows, num_channels, num_codes, width;

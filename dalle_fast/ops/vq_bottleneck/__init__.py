@@ -33,8 +33,8 @@ def vq_bottleneck(
 
     Logits exist for one chunk of cells at a time; four numbers a cell are kept for the backward pass, which computes
     them again. Logits, noise and both distributions are float32 (section 2.4), whatever the operands of the products;
-    for bfloat16 operands y is rounded to bfloat16 before the second product. Under torch.autocast the operands and
-    `out` have the autocast dtype, as with F.conv2d. float16 products run in float32 where torch has no mixed ones.
+    on CUDA y is rounded to bfloat16 before its product with a bfloat16 codebook. Under torch.autocast the operands and
+    `out` have the autocast dtype, as with F.conv2d. The CPU multiplies in float32.
     NaN and Inf act as in torch.softmax; a code whose logit is -Inf adds nothing to kl. First derivatives only:
     backend="reference" has further ones.
 
@@ -56,7 +56,7 @@ def vq_bottleneck(
         kl: [B, h, w] or [N] float32 (float64 for float64 inputs), in nats.
 
     Raises:
-        TypeError: a tensor is missing or has the wrong dtype, `tau` is no number, `seed`, `offset` or `row_offset` no int.
+        TypeError: a tensor is missing or has the wrong dtype, or a number is of the wrong type.
         ValueError: shapes do not fit together, a number is out of range, or `backend` is unknown.
         RuntimeError: an explicit `backend` cannot run.
 
