@@ -20,7 +20,8 @@ struct TileLaunch {
   TileLaunch(const P& p, std::size_t code_bytes) : rows(p.num_codes <= 512 ? kMaxTile : kMaxTile / 2) {
     blocks = static_cast<unsigned>((p.outer * p.inner + rows - 1) / rows);
     const std::size_t bytes = rows * code_bytes * ((static_cast<std::size_t>(p.num_codes) + 3) / 4 * 4);
-    if (bytes <= dynamic_shared_limit(p.device.index) / 2) shared = bytes;  // two blocks a multiprocessor, at least
+    // two blocks a multiprocessor, at least, with what they have besides
+    if (bytes <= dynamic_shared_limit(p.device.index) / 2 - 4096) shared = bytes;
   }
 };
 

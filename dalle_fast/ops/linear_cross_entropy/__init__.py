@@ -28,7 +28,10 @@ def linear_cross_entropy(
 
     Under torch.autocast the matrix products run in the autocast dtype and the loss in float32, as with F.linear and
     F.cross_entropy; the weight gradient of float32 weights is summed over chunks in float32. float16 products run in
-    float32. First derivatives only: backend="reference" has further ones.
+    float32 on CPU; on CUDA they have float32 results. First derivatives only: backend="reference" has further ones.
+
+    On CUDA the host never waits for the device, so that a CUDA graph can record the op, and nothing is raised for a
+    target out of range: the loss is NaN, and so are the gradients of that row, of `weight` and of `bias`.
 
     Args:
         x: [N, d], float32, bfloat16 or float16, any strides; float64 runs on the reference.
@@ -47,7 +50,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: a tensor is missing or has the wrong dtype.
         ValueError: shapes do not fit together, `chunk_rows` is not positive, or `backend` is unknown.
-        IndexError: a target is neither in [0, V) nor `ignore_index`.
+        IndexError: on CPU, a target is neither in [0, V) nor `ignore_index`.
         RuntimeError: an explicit `backend` cannot run.
 
     Example:
