@@ -233,16 +233,16 @@ inline constexpr int kTileStride = kWidth + 16 / sizeof(T);
 template <int kWidth, typename T>
 __device__ __forceinline__ void load_a(uint32_t* a, const T* tile, int row, int column) {
   const int lane = threadIdx.x % 32;
-  load_matrices<false>(
-      a, tile + (row + lane % 16) * kTileStride<kWidth, T> + column + lane / 16 * (kProductDepth<T> / 2));
+  load_matrices<false>(a,
+                       tile + (row + lane % 16) * kTileStride<kWidth, T> + column + lane / 16 * (kProductDepth<T> / 2));
 }
 
 // B fragments of two blocks of eight columns: the tile holds B transposed, B[k, n] = tile[n, k]
 template <int kWidth, typename T>
 __device__ __forceinline__ void load_b(uint32_t* b, const T* tile, int n, int k) {
   const int lane = threadIdx.x % 32;
-  load_matrices<false>(b, tile + (n + lane % 8 + lane / 16 * 8) * kTileStride<kWidth, T> + k +
-                              lane / 8 % 2 * (kProductDepth<T> / 2));
+  load_matrices<false>(
+      b, tile + (n + lane % 8 + lane / 16 * 8) * kTileStride<kWidth, T> + k + lane / 8 % 2 * (kProductDepth<T> / 2));
 }
 
 // The same where the tile holds B as it is, B[k, n] = tile[k, n]. Of floats, rows 2t and 2t + 1 take the places t and
@@ -275,8 +275,9 @@ __device__ __forceinline__ void a_of_result(uint32_t* a, const float (*c)[4]) {
 // sum[h] += A[h] . tile[row ..., :]^T with kBlocks * 8 rows of the tile; a_of(a, h, k) gives fragments of A
 template <int kDepth, typename T, int kHalves, int kBlocks, typename A>
 __device__ __forceinline__ void multiply_transposed(float (&sum)[kHalves][kBlocks][4], A a_of, const T* tile, int row) {
+  [[maybe_unused]] constexpr int kAtOnce = std::is_same_v<T, float> ? 4 : kDepth / kProductDepth<T>;
   float rest[kHalves][kBlocks][4] = {};
-  DF_UNROLL
+  DF_UNROLL_BY(kAtOnce)
   for (int k = 0; k < kDepth; k += kProductDepth<T>) {
     uint32_t raw[kHalves][4];
     DF_UNROLL

@@ -70,8 +70,8 @@ void bind_sparse_attention(pybind11::module_& m) {
 
   m.def("sparse_attention_backward",
         [](const TensorArg& dq, const TensorArg& dk, const TensorArg& dv, const TensorArg& terms_arg,
-           const TensorArg& dout, const TensorArg& out, const TensorArg& lse, const TensorArg& q, const TensorArg& k, const TensorArg& v, double scale,
-           const PatternArg& pattern, std::uintptr_t stream) {
+           const TensorArg& dout, const TensorArg& out, const TensorArg& lse, const TensorArg& q, const TensorArg& k,
+           const TensorArg& v, double scale, const PatternArg& pattern, std::uintptr_t stream) {
           Device device;
           sparse_attention::Params params = common(q, k, v, out, lse, scale, pattern, &device);
           const TensorRef first = q.as("q");

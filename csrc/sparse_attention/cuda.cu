@@ -15,13 +15,14 @@ inline constexpr int kForwardBlocks = kDim * sizeof(T) <= 256 ? 3 : 2;
 
 template <typename T, int kDim>
 struct ForwardWarp {
-  static constexpr int kHalves = kQueryHalves<T, kDim>, kColumns = kDim * sizeof(T) <= 64 ? 32 : 16;
+  static constexpr int kHalves = kQueryHalves<T, kDim>, kColumns = kWideColumns<T, kDim>;
+  static constexpr bool kOnlyPieces = kPiecesOnly<T>;
   static constexpr float kSlack = 8.0f;  // exponents of 2 by which a score may exceed the shift
   LeftRows<T, kDim, kHoldsQueries<T, kDim>> q[kHalves];
   float out[kHalves][kDim / 8][4] = {};
   float sum[kHalves][2] = {};  // of this thread's columns
   float shift[kHalves][2];
-  float factor;  // of scores in exponents of 2
+  float factor;   // of scores in exponents of 2
   bool negative;  // scores still need their sign: `factor` is positive, so that -Inf times it is -Inf
 
   __device__ __forceinline__ ForwardWarp(float scale, const T* rows, int first) {
@@ -38,8 +39,7 @@ struct ForwardWarp {
   __device__ __forceinline__ void step(int half, int column, const KeyStage<T>& stage, const Mask& mask) {
     constexpr int kBlocks = kWide / 8;
     float s[kCount][kBlocks][4] = {}, top[kCount][2];
-    multiply_transposed<kDim>(
-        s, [&](uint32_t* a, int h, int k) { q[half + h].fragment(a, k); }, stage.k, column);
+    multiply_transposed<kDim>(s, [&](uint32_t* a, int h, int k) { q[half + h].fragment(a, k); }, stage.k, column);
     if (negative) {
       DF_UNROLL
       for (int i = 0; i < kCount * kBlocks * 4; ++i) s[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] *= -1.0f;
@@ -61,8 +61,7 @@ struct ForwardWarp {
       for (int h = 0; h < kCount; ++h) raise(half + h, top[h]);
     }
     DF_UNROLL
-    for (int h = 0; h < kCount; ++h)
-      DF_UNROLL
+    for (int h = 0; h < kCount; ++h) DF_UNROLL
     for (int i = 0; i < kBlocks * 4; ++i) {
       float& score = s[h][i / 4][i % 4];
       score = fast_exp2(score * factor - shift[half + h][i % 4 / 2]);
@@ -95,7 +94,7 @@ template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, (kForwardBlocks<T, kDim>))
     attend(const Params p, const Walk walk, const bool vectors) {
   constexpr int kRows = kQueryRows<T, kDim>, kKeys = kTileRows<T, kDim>, kTile = kKeys * kTileStride<kDim, T>;
-  static_assert(kRows <= 2 * kKeys, "a stage holds the block's rows");
+  static_assert(!kHoldsQueries<T, kDim> || kRows <= 2 * kKeys, "a stage holds the block's rows");
   DF_DYNAMIC_SHARED(T, stages);  // keys, values, keys, values
   const int dim = static_cast<int>(p.head_dim), lane = threadIdx.x % 32;
   const Place at = query_block(p, walk, kRows);
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, (kForwardBlocks<T, kDim>))
                            Copy<T>(k + kTile, p.v, at.b, at.kv));
     copy_async_commit();
   };
-  // The second stage is free until the loop.
+  // What registers hold comes through the second stage, which is free until the loop and after it.
   T* const q = stages + (kHoldsQueries<T, kDim> ? 2 : 4) * kTile;
   load_rows<kDim, kRows>(walk, at.rows, dim, vectors, Copy<T>(q, p.q, at.b, at.h));
   load(0);
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, (kForwardBlocks<T, kDim>))
     meet<kKeys>(warp, KeyStage<T>{k, k + kTile}, Sight<true>{walk, at.rows.image, tiles[i].image}, at.rows.begin + own,
                 tiles[i]);
   }
-  __syncthreads();  // the stages are free for what leaves
+  __syncthreads();  // nobody reads tiles any more
   DF_UNROLL
   for (int h = 0; h < kQueryHalves<T, kDim>; ++h) {
     const Rows rows{at.rows.image, at.rows.begin + own + 16 * h};
@@ -137,8 +136,8 @@ __global__ void __launch_bounds__(kThreads, (kForwardBlocks<T, kDim>))
       if (position >= 0 && lane % 4 == 0)
         p.lse[query_row(p, at.b, at.h, position)] = (warp.shift[h][j] + log2f(sum)) * kLn2;
     }
-    store_rows<kDim>(p.out, stages + (own + 16 * h) * kTileStride<kDim, T>, warp.out[h], inverse, walk, rows, at.b,
-                     at.h, dim, vectors);
+    store_rows<kDim>(p.out, q + (own + 16 * h) * kTileStride<kDim, T>, warp.out[h], inverse, walk, rows, at.b, at.h,
+                     dim, vectors);
   }
 }
 
@@ -167,7 +166,7 @@ void forward_cuda(const Params& p, void* stream) {
     using T = decltype(element);
     constexpr int kDim = decltype(width)::value;
     constexpr int kRows = kQueryRows<T, kDim>, kStages = 4 * kTileRows<T, kDim> + (kHoldsQueries<T, kDim> ? 0 : kRows);
-    launch<T, kDim>(attend<T, kDim>, p, walk, query_blocks(p, walk, kRows), kStages, stream);
+    launch<T, kDim>(attend<T, kDim>, query_blocks(p, walk, kRows), kStages, stream, p, walk);
   });
 }
 

@@ -12,7 +12,8 @@ namespace {
 
 template <typename T, int kDim>
 struct QueryWarp {
-  static constexpr int kHalves = kQueryHalves<T, kDim>, kColumns = kDim * sizeof(T) <= 64 ? 32 : 16;
+  static constexpr int kHalves = kQueryHalves<T, kDim>, kColumns = kWideColumns<T, kDim>;
+  static constexpr bool kOnlyPieces = kPiecesOnly<T>;
   LeftRows<T, kDim, kHoldsQueries<T, kDim>> q[kHalves], dout[kHalves];
   Terms terms[kHalves][2];
   float dq[kHalves][kDim / 8][4] = {};
@@ -25,10 +26,8 @@ struct QueryWarp {
     DF_UNROLL
     for (int i = 0; i < kCount * kBlocks * 4; ++i)
       dp[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] = -terms[half + i / 4 / kBlocks][i % 4 / 2].delta;
-    multiply_transposed<kDim>(
-        s, [&](uint32_t* a, int h, int k) { q[half + h].fragment(a, k); }, stage.k, column);
-    multiply_transposed<kDim>(
-        dp, [&](uint32_t* a, int h, int k) { dout[half + h].fragment(a, k); }, stage.v, column);
+    multiply_transposed<kDim>(s, [&](uint32_t* a, int h, int k) { q[half + h].fragment(a, k); }, stage.k, column);
+    multiply_transposed<kDim>(dp, [&](uint32_t* a, int h, int k) { dout[half + h].fragment(a, k); }, stage.v, column);
     DF_UNROLL
     for (int i = 0; i < kCount * kBlocks * 4; ++i) {
       const int h = i / 4 / kBlocks, n = i / 4 % kBlocks, j = i % 4;
@@ -130,7 +129,38 @@ __global__ void __launch_bounds__(kThreads, (sizeof(T) == 4 && kDim == 64 ? 3 : 
 
 // ---- dk and dv
 
-constexpr int kKeyRows = 16 * kWarps;
+template <typename T, int kDim>
+inline constexpr int kKeyHalves = sizeof(T) == 2 && kDim <= 64 ? 2 : 1;
+template <typename T, int kDim>
+inline constexpr int kKeyRows = kWarps * 16 * kKeyHalves<T, kDim>;
+// whose fragments stay in registers
+template <typename T, int kDim>
+inline constexpr bool kHoldsKeys = kDim * sizeof(T) <= 128;
+template <typename T, int kDim>
+inline constexpr bool kHoldsValues = kDim * sizeof(T) <= 64;
+
+// Blocks of keys in one row: the text's of all heads come first, as all queries see them and they take longest.
+struct KeyOrder {
+  Divisor by_text, by_image, by_heads;
+  int text, image, heads, all_text;
+
+  KeyOrder(const Params& p, const Walk& walk, int rows)
+      : text(walk.text_blocks(rows)), image(walk.blocks(rows) - text), heads(static_cast<int>(p.num_kv_heads)) {
+    all_text = text * heads * static_cast<int>(p.batch);
+    by_text = Divisor(static_cast<uint32_t>(text > 0 ? text : 1));
+    by_image = Divisor(static_cast<uint32_t>(image > 0 ? image : 1));
+    by_heads = Divisor(static_cast<uint32_t>(heads));
+  }
+  __device__ __forceinline__ Place place(int block, int num_rows) const {
+    const bool is_image = block >= all_text;
+    if (is_image) block -= all_text;
+    const int row = is_image ? by_image.divide(block) : by_text.divide(block), b = by_heads.divide(row);
+    return {static_cast<unsigned>(b),
+            0,
+            static_cast<unsigned>(row - b * heads),
+            {is_image, (block - row * (is_image ? image : text)) * num_rows}};
+  }
+};
 
 // Two queries' terms: the columns of a thread in a block of a result
 struct alignas(16) TermsPair {
@@ -145,53 +175,56 @@ struct QueryStage {
 
 template <typename T, int kDim>
 struct KeyWarp {
-  static constexpr int kHalves = 1, kColumns = kDim * sizeof(T) <= 64 ? 32 : 16;
-  static constexpr bool kHeld = kDim * sizeof(T) <= 128;
-  LeftRows<T, kDim, kHeld> k, v;
-  float dk[1][kDim / 8][4] = {}, dv[1][kDim / 8][4] = {};
+  static constexpr int kHalves = kKeyHalves<T, kDim>, kColumns = kWideColumns<T, kDim>;
+  static constexpr bool kOnlyPieces = kPiecesOnly<T>;
+  LeftRows<T, kDim, kHoldsKeys<T, kDim>> k[kHalves];
+  LeftRows<T, kDim, kHoldsValues<T, kDim>> v[kHalves];
+  float dk[kHalves][kDim / 8][4] = {}, dv[kHalves][kDim / 8][4] = {};
   float factor;
 
   template <int kCount, int kWide, typename Mask>
-  __device__ __forceinline__ void step(int, int column, const QueryStage<T>& stage, const Mask& mask) {
+  __device__ __forceinline__ void step(int half, int column, const QueryStage<T>& stage, const Mask& mask) {
     constexpr int kBlocks = kWide / 8;
-    float s[1][kBlocks][4] = {}, dp[1][kBlocks][4];
-    multiply_transposed<kDim>(
-        s, [&](uint32_t* a, int, int c) { k.fragment(a, c); }, stage.q, column);
+    float s[kCount][kBlocks][4] = {}, dp[kCount][kBlocks][4];
+    multiply_transposed<kDim>(s, [&](uint32_t* a, int h, int c) { k[half + h].fragment(a, c); }, stage.q, column);
     DF_UNROLL
     for (int n = 0; n < kBlocks; ++n) {
       const TermsPair pair = stage.terms[column / 2 + n * 4 + threadIdx.x % 4];
       DF_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const float weight = fast_exp2(s[0][n][j] * factor - pair.of[j % 2].lse);
-        s[0][n][j] = mask(n, j) ? weight : 0.0f;
-        dp[0][n][j] = -pair.of[j % 2].delta;
+      for (int i = 0; i < kCount * 4; ++i) {
+        const int h = i / 4, j = i % 4;
+        const float weight = fast_exp2(s[h][n][j] * factor - pair.of[j % 2].lse);
+        s[h][n][j] = mask(n, j) ? weight : 0.0f;
+        dp[h][n][j] = -pair.of[j % 2].delta;
       }
     }
-    multiply_add<kDim>(dv, s, stage.dout, column);
-    multiply_transposed<kDim>(
-        dp, [&](uint32_t* a, int, int c) { v.fragment(a, c); }, stage.dout, column);
+    multiply_add<kDim>(dv + half, s, stage.dout, column);
+    multiply_transposed<kDim>(dp, [&](uint32_t* a, int h, int c) { v[half + h].fragment(a, c); }, stage.dout, column);
     DF_UNROLL
-    for (int i = 0; i < kBlocks * 4; ++i) s[0][i / 4][i % 4] *= dp[0][i / 4][i % 4];
-    multiply_add<kDim>(dk, s, stage.q, column);
+    for (int i = 0; i < kCount * kBlocks * 4; ++i)
+      s[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] *= dp[i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
+    multiply_add<kDim>(dk + half, s, stage.q, column);
   }
 };
 
 // A query that does not exist is zero, its terms too: it adds exp2(0) * 0 to dv and (0 - 0) * 0 to dk.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, (sizeof(T) == 2 && kDim <= 64 ? 3 : 2))
-    gradient_of_keys(const Params p, const Walk walk, const bool vectors) {
-  constexpr int kRows = kKeyRows, kQueries = kTileRows<T, kDim>;
+__global__ void __launch_bounds__(kThreads, 2)
+    gradient_of_keys(const Params p, const Walk walk, const bool vectors, const KeyOrder order) {
+  constexpr int kRows = kKeyRows<T, kDim>, kQueries = kTileRows<T, kDim>;
   constexpr int kTile = kQueries * kTileStride<kDim, T>, kBlock = kRows * kTileStride<kDim, T>;
   DF_DYNAMIC_SHARED(T, shared);
   DF_SHARED(TermsPair, terms, kQueries);
-  T* const k = shared;
+  DF_SHARED(Place, places, kThreads);  // each thread's own, as sums need all registers
+  T* const k = shared;         // each warp's rows of it later hold what it writes
   T* const v = shared + kBlock;
   T* const stages = shared + 2 * kBlock;  // queries, dout, queries, dout
   const int dim = static_cast<int>(p.head_dim);
-  const Place at = key_block(p, walk, kRows);
-  const int own = static_cast<int>(threadIdx.x) / 32 * 16;  // this warp's rows of the block
+  Place& at = places[threadIdx.x];
+  at = order.place(static_cast<int>(blockIdx.x), kRows);
+  const int own = static_cast<int>(threadIdx.x) / 32 * 16 * kKeyHalves<T, kDim>;  // this warp's rows of the block
   const Tiles tiles = query_tiles(walk, at.rows, kRows, kQueries);
-  const auto load = [&](int stage, int h, int t) {
+  const auto load = [&](int stage, unsigned h, int t) {
     T* const q = stages + stage * 2 * kTile;
     const Rows tile = tiles[t];
     load_rows<kDim, kQueries>(walk, tile, dim, vectors, Copy<T>(q, p.q, at.b, h), Copy<T>(q + kTile, p.dout, at.b, h));
@@ -203,17 +236,20 @@ __global__ void __launch_bounds__(kThreads, (sizeof(T) == 2 && kDim <= 64 ? 3 : 
     }
     copy_async_commit();
   };
-  const int group = static_cast<int>(p.num_heads / p.num_kv_heads), end = (at.kv + 1) * group;
+  const unsigned group = static_cast<unsigned>(p.num_heads / p.num_kv_heads), end = (at.kv + 1) * group;
   load_rows<kDim, kRows>(walk, at.rows, dim, vectors, Copy<T>(k, p.k, at.b, at.kv), Copy<T>(v, p.v, at.b, at.kv));
   load(0, at.kv * group, 0);
   copy_async_wait<0>();
   __syncthreads();
   KeyWarp<T, kDim> warp;
   warp.factor = p.scale * kLog2e;
-  warp.k.take(k, own);
-  warp.v.take(v, own);
+  DF_UNROLL
+  for (int i = 0; i < kKeyHalves<T, kDim>; ++i) {
+    warp.k[i].take(k, own + 16 * i);
+    warp.v[i].take(v, own + 16 * i);
+  }
   int stage = 0;
-  for (int h = at.kv * group; h < end; ++h)
+  for (unsigned h = at.kv * group; h < end; ++h)
     for (int t = 0; t < tiles.count; ++t, stage ^= 1) {
       copy_async_wait<0>();
       __syncthreads();  // this tile is here, and nobody reads the one before any more
@@ -224,9 +260,14 @@ __global__ void __launch_bounds__(kThreads, (sizeof(T) == 2 && kDim <= 64 ? 3 : 
                      Sight<false>{walk, at.rows.image, tiles[t].image}, at.rows.begin + own, tiles[t]);
     }
   const float scale[2] = {p.scale, p.scale}, one[2] = {1.0f, 1.0f};
-  const Rows rows{at.rows.image, at.rows.begin + own};
-  store_rows<kDim>(p.dk, k + own * kTileStride<kDim, T>, warp.dk[0], scale, walk, rows, at.b, at.kv, dim, vectors);
-  store_rows<kDim>(p.dv, v + own * kTileStride<kDim, T>, warp.dv[0], one, walk, rows, at.b, at.kv, dim, vectors);
+  DF_UNROLL
+  for (int i = 0; i < kKeyHalves<T, kDim>; ++i) {
+    const int first = own + 16 * i;
+    const Rows rows{at.rows.image, at.rows.begin + first};
+    T* const place = shared + first * kTileStride<kDim, T>;
+    store_rows<kDim>(p.dk, place, warp.dk[i], scale, walk, rows, at.b, at.kv, dim, vectors);
+    store_rows<kDim>(p.dv, place, warp.dv[i], one, walk, rows, at.b, at.kv, dim, vectors);
+  }
 }
 
 }  // namespace
@@ -237,10 +278,12 @@ void backward_cuda(const Params& p, void* stream) {
   const DeviceGuard guard(p.device.index);
   dispatch(p, [&](auto element, auto width) {
     using T = decltype(element);
-    constexpr int kDim = decltype(width)::value, kRows = kQueryRows<T, kDim>, kStages = 4 * kTileRows<T, kDim>;
-    const auto key_blocks = static_cast<unsigned>(p.batch * p.num_kv_heads * walk.blocks(kKeyRows));
-    launch<T, kDim>(gradient_of_queries<T, kDim>, p, walk, query_blocks(p, walk, kRows), 2 * kRows + kStages, stream);
-    launch<T, kDim>(gradient_of_keys<T, kDim>, p, walk, key_blocks, 2 * kKeyRows + kStages, stream);
+    constexpr int kDim = decltype(width)::value, kStages = 4 * kTileRows<T, kDim>;
+    constexpr int kRows = kQueryRows<T, kDim>, kKeys = kKeyRows<T, kDim>;
+    const auto key_blocks = static_cast<unsigned>(p.batch * p.num_kv_heads * walk.blocks(kKeys));
+    launch<T, kDim>(gradient_of_queries<T, kDim>, query_blocks(p, walk, kRows), 2 * kRows + kStages, stream, p, walk);
+    launch<T, kDim>(gradient_of_keys<T, kDim>, key_blocks, 2 * kKeys + kStages, stream, p, walk,
+                    KeyOrder(p, walk, kKeys));
   });
 }
 

@@ -14,9 +14,9 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kMaxDim = 128;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Rows of a tile of the other side: at most 8 KiB of elements, at least 32 rows.
+// Rows of a tile of the other side: at most 8 KiB of elements
 template <typename T, int kDim>
-inline constexpr int kTileRows = kDim * sizeof(T) <= 128 ? 64 : 32;
+inline constexpr int kTileRows = kDim * sizeof(T) <= 128 ? 64 : 8192 / (kDim * sizeof(T));
 
 // Halves of a warp that owns queries, and rows of its block. With 32 rows, a fragment of keys or values serves two
 // products: what shared memory delivers then suffices for the tensor cores.
@@ -28,6 +28,13 @@ inline constexpr int kQueryRows = kWarps * 16 * kQueryHalves<T, kDim>;
 // Whether their fragments stay in registers: of float32, twice as many
 template <typename T, int kDim>
 inline constexpr bool kHoldsQueries = sizeof(T) == 2 || kDim <= 32;
+
+// Columns of a wide chunk, and whether there are none: float32 takes so many products that a mask costs little beside
+// them, a second copy of the code more.
+template <typename T, int kDim>
+inline constexpr int kWideColumns = kDim * sizeof(T) <= 64 ? 32 : 16;
+template <typename T>
+inline constexpr bool kPiecesOnly = sizeof(T) == 4;
 
 // Tiles that the queries meet
 template <typename T>
@@ -43,34 +50,24 @@ struct alignas(8) Terms {
 // ---- work of a block
 
 struct Place {
-  int b, h, kv;
+  unsigned b, h, kv;
   Rows rows;
 };
 // Blocks of a head follow each other: they share keys in the second-level cache. Later ones see more and come first.
 __device__ __forceinline__ Place query_block(const Params& p, const Walk& walk, int num_rows) {
-  const int h = static_cast<int>(blockIdx.y), group = static_cast<int>(p.num_heads / p.num_kv_heads);
-  return {static_cast<int>(blockIdx.z), h, h / group,
+  const auto group = static_cast<unsigned>(p.num_heads / p.num_kv_heads);
+  return {blockIdx.z, blockIdx.y, blockIdx.y / group,
           rows_of(walk, static_cast<int>(gridDim.x - 1 - blockIdx.x), num_rows)};
 }
-// The text's keys, which all queries see, come first: their blocks take longest.
-__device__ __forceinline__ Place key_block(const Params& p, const Walk& walk, int num_rows) {
-  const int text = walk.text_blocks(num_rows), image = walk.blocks(num_rows) - text;
-  const int all_text = text * static_cast<int>(p.batch * p.num_kv_heads), x = static_cast<int>(blockIdx.x);
-  const int head = x < all_text ? x / text : (x - all_text) / image;
-  const int block = x < all_text ? x % text : text + (x - all_text) % image;
-  const int heads = static_cast<int>(p.num_kv_heads);
-  return {head / heads, 0, head % heads, rows_of(walk, block, num_rows)};
-}
-
 // Row of a query in lse and terms
-__device__ __forceinline__ int64_t query_row(const Params& p, int b, int h, int position) {
+__device__ __forceinline__ int64_t query_row(const Params& p, unsigned b, unsigned h, int position) {
   return (b * p.num_heads + h) * p.length + position;
 }
 
 // ---- rows between device and shared memory
 
 template <typename T>
-__device__ __forceinline__ T* head_of(const Tensor4& t, int b, int h) {
+__device__ __forceinline__ T* head_of(const Tensor4& t, unsigned b, unsigned h) {
   return static_cast<T*>(t.data) + b * t.stride_b + h * t.stride_h;
 }
 
@@ -85,7 +82,7 @@ struct Copy {
   const T* head;
   uint32_t stride;
 
-  __device__ __forceinline__ Copy(T* to, const Tensor4& t, int b, int h)
+  __device__ __forceinline__ Copy(T* to, const Tensor4& t, unsigned b, unsigned h)
       : tile(to), head(head_of<T>(t, b, h)), stride(static_cast<uint32_t>(t.stride_l)) {}
   __device__ __forceinline__ const T* row(int position) const {
     return head + static_cast<uint64_t>(static_cast<uint32_t>(position)) * stride;
@@ -129,12 +126,12 @@ __device__ __forceinline__ void load_rows(const Walk& walk, const Rows& rows, in
     by_columns ? copy_all(columns) : copy_all(line);
     return;
   }
-  DF_NO_UNROLL
+  DF_UNROLL_BY(1)
   for (int r = r0; r < kCount; r += kStep) {
     bool there;
     const int position = by_columns ? columns(r, &there) : line(r, &there);
     const auto copy = [&](const Copy<T>& one) {
-      DF_NO_UNROLL
+      DF_UNROLL_BY(1)
       for (int j = c; j < c + kChunk<T>; ++j)
         one.tile[r * kTileStride<kDim, T> + j] = there && j < dim ? one.row(position)[j] : T{};
     };
@@ -156,7 +153,7 @@ __device__ __forceinline__ void store_pair(T* to, float a, float b) {
 // belongs to this warp.
 template <int kDim, typename T>
 __device__ __forceinline__ void store_rows(const Tensor4& t, T* tile, const float (*c)[4], const float* factor,
-                                           const Walk& walk, const Rows& rows, int b, int h, int dim,
+                                           const Walk& walk, const Rows& rows, unsigned b, unsigned h, int dim,
                                            bool vectors) {
   constexpr int kPerRow = kDim / kChunk<T>;
   const int lane = threadIdx.x % 32, g = lane / 4, column = lane % 4 * 2;
@@ -222,6 +219,7 @@ struct Piece {
   // element j of block n of a result
   __device__ __forceinline__ bool operator()(int n, int j) const { return bits[j / 2] >> (n * 8 + j % 2) & 1; }
 };
+// no mask
 struct Whole {
   __device__ __forceinline__ bool operator()(int, int) const { return true; }
 };
@@ -234,12 +232,12 @@ __device__ __forceinline__ void meet(Warp& warp, const Stage& stage, const Sight
   const int last = sight.num_rows() - 1;
   if (row > last) return;
   const int bottom = row + 16 * kHalves - 1 < last ? row + 16 * kHalves - 1 : last;
-  Range all = {sight.range(bottom).low, sight.range(row).high};
-  if (sight.has_holes()) all = {1, 0};
-  DF_NO_UNROLL
+  Range all{1, 0};  // no column
+  if (!Warp::kOnlyPieces && !sight.has_holes()) all = {sight.range(bottom).low, sight.range(row).high};
+  DF_UNROLL_BY(1)
   for (int c = 0; c < kTile; c += kColumns) {
     const int column = tile.begin + c;
-    if (all.low <= column && column + kColumns - 1 <= all.high) {
+    if (!Warp::kOnlyPieces && all.low <= column && column + kColumns - 1 <= all.high) {
       warp.template step<kHalves, kColumns>(0, c, stage, Whole{});
       continue;
     }
@@ -249,7 +247,7 @@ __device__ __forceinline__ void meet(Warp& warp, const Stage& stage, const Sight
       const int wanted = row + 16 * h + static_cast<int>(threadIdx.x) % 16, mine = wanted < last ? wanted : last;
       const Range range = sight.range(mine);
       const int low = __shfl_sync(0xffffffffu, range.low, 0), high = __shfl_sync(0xffffffffu, range.high, 15);
-      DF_NO_UNROLL
+      DF_UNROLL_BY(1)
       for (int piece = c; piece < c + kColumns; piece += 16) {
         const int begin = tile.begin + piece;
         if (low <= begin + 15 && begin <= high)
@@ -274,11 +272,12 @@ bool has_vectors(const Params& p) {
 }
 
 // `tile_rows`: what shared memory holds
-template <typename T, int kDim, typename Kernel>
-void launch(Kernel kernel, const Params& p, const Walk& walk, const dim3& blocks, int tile_rows, void* stream) {
+template <typename T, int kDim, typename Kernel, typename... More>
+void launch(Kernel kernel, const dim3& blocks, int tile_rows, void* stream, const Params& p, const Walk& walk,
+            const More&... more) {
   const std::size_t bytes = sizeof(T) * kTileStride<kDim, T> * static_cast<std::size_t>(tile_rows);
   allow_dynamic_shared(kernel, bytes);
-  DF_LAUNCH(kernel, blocks, kThreads, bytes, stream, p, walk, has_vectors<T>(p));
+  DF_LAUNCH(kernel, blocks, kThreads, bytes, stream, p, walk, has_vectors<T>(p), more...);
 }
 
 inline dim3 query_blocks(const Params& p, const Walk& walk, int rows) {

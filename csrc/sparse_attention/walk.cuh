@@ -93,7 +93,7 @@ __device__ __forceinline__ Tiles key_tiles(const Walk& walk, const Rows& rows, i
 __device__ __forceinline__ Tiles query_tiles(const Walk& walk, const Rows& rows, int count, int size) {
   if (!rows.image) return Tiles(rows.begin, walk.num_text, 0, walk.slots, size);
   const int last = rows.begin + count < walk.slots ? rows.begin + count - 1 : walk.slots - 1;
-  return Tiles(0, 0, rows.begin, walk.end_query(last), size);
+  return Tiles(rows.begin, 0, rows.begin, walk.end_query(last), size);
 }
 
 // Bits low ... high of sixteen; any integers.
