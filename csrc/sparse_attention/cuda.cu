@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Forward on tensor cores (sm_80 and newer): bfloat16 and float16 as they are, float32 as three products of tf32 parts.
 // A block owns 64 or 128 queries of a head, whose fragments stay in registers; scores never leave registers either.
-// The softmax runs online, its shift raised only when a row's scores outgrow it by 2^8.
+// The softmax runs online, its shift raised only when a row's scores outgrow it by 2^8. Floor: q, k, v and out moved
+// once, 4 x 2 L D bytes a head; a warp's 32 x 16 scores of width 64 take 32 products of 16 x 8 x 16, which bound the
+// kernel, 8 loads of fragments and 16 exponentials. Of the scores computed for 256 + 32 x 32 positions, the pattern
+// asks for 0.95 (row), 0.97 (column), 0.74 (conv) and 0.99 (dense).
 #include <stdexcept>
 
 #include "rows.cuh"
