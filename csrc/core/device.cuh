@@ -14,6 +14,7 @@
   T* const name = static_cast<T*>(::simt::static_shared(sizeof(T) * (count), DF_SIMT_SITE))
 #define DF_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::simt::dynamic_shared())
 #define DF_UNROLL
+#define DF_UNROLL_BY(count)
 #define DF_NO_UNROLL
 #define sync_cluster() ::simt::cluster_barrier(DF_SIMT_SITE)
 #define remote_shared(mine, rank) \
@@ -57,7 +58,9 @@ void allow_dynamic_shared(Kernel, std::size_t) {}
 // Shared memory of a block: an array of a constant size, or what the launch asked for.
 #define DF_SHARED(T, name, count) __shared__ T name[count]
 #define DF_UNROLL _Pragma("unroll")
-#define DF_NO_UNROLL _Pragma("unroll 1")  // long bodies, and loops of asynchronous copies, which do not wait anyway
+#define DF_PRAGMA(text) _Pragma(#text)
+#define DF_UNROLL_BY(count) DF_PRAGMA(unroll count)
+#define DF_NO_UNROLL DF_UNROLL_BY(1)  // long bodies, and loops of asynchronous copies, which do not wait anyway
 #define DF_DYNAMIC_SHARED(T, name)                                    \
   extern __shared__ __align__(128) unsigned char df_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(df_dynamic_shared)

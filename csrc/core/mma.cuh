@@ -93,6 +93,7 @@ __device__ inline void load_matrices(uint32_t* out, const void* row) {
 }
 
 #define DF_COPY_ASYNC_16(to, from, there) ::simt::copy_async((to), (from), 16, (there) ? 16 : 0, DF_SIMT_SITE)
+#define DF_COPY_ASYNC_8(to, from, there) ::simt::copy_async((to), (from), 8, (there) ? 8 : 0, DF_SIMT_SITE)
 __device__ __forceinline__ void copy_async_commit() { ::simt::commit_copies(); }
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
@@ -140,8 +141,14 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool t
   const int bytes = there ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
 }
-// 16 bytes from global into shared memory; zeros where nothing is `there` (`from` must be a valid address even so)
+__device__ __forceinline__ void copy_async_8(void* to, const void* from, bool there) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = there ? 8 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+}
+// 16 or 8 bytes from global into shared memory; zeros where nothing is `there` (`from` must be valid even so)
 #define DF_COPY_ASYNC_16(to, from, there) copy_async_16((to), (from), (there))
+#define DF_COPY_ASYNC_8(to, from, there) copy_async_8((to), (from), (there))
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
@@ -158,67 +165,148 @@ __device__ __forceinline__ void split_tf32(uint32_t& high, uint32_t& low, float 
   low = float_bits(x - bits_float(high));
 }
 
-// ---- tiles of 16-bit elements in shared memory, rows of kWidth elements
+// ---- operands: four words of a fragment, as the tensor core takes them
+
+template <typename T>
+struct Operand {
+  uint32_t word[4];
+  __device__ __forceinline__ explicit Operand(const uint32_t* raw) {
+    DF_UNROLL
+    for (int i = 0; i < 4; ++i) word[i] = raw[i];
+  }
+};
+// Float32 in two tf32 parts. Inf has no low part: products with Inf are NaN.
+template <>
+struct Operand<float> {
+  uint32_t word[4], low[4];
+  __device__ __forceinline__ explicit Operand(const uint32_t* raw) {
+    DF_UNROLL
+    for (int i = 0; i < 4; ++i) split_tf32(word[i], low[i], bits_float(raw[i]));
+  }
+};
+
+// Depth of one product: 32 bytes of a row.
+template <typename T>
+inline constexpr int kProductDepth = 32 / sizeof(T);
+
+// sum += a . b, with the first or second eight columns of an operand that has sixteen. What low parts of float32 give
+// goes to `rest` (which may be `sum`): tensor cores truncate when they add, so small terms are best kept apart.
+template <typename T>
+__device__ __forceinline__ void multiply(float* sum, float* rest, const Operand<T>& a, const Operand<T>& b, int which) {
+  if constexpr (std::is_same_v<T, float>) {
+    mma_16x8x8_tf32(rest, a.low, b.word + 2 * which);
+    mma_16x8x8_tf32(rest, a.word, b.low + 2 * which);
+    mma_16x8x8_tf32(sum, a.word, b.word + 2 * which);
+  } else {
+    mma_16x8x16<T>(sum, a.word, b.word + 2 * which);
+  }
+}
+
+// ---- tiles of 16-bit elements or floats in shared memory, rows of kWidth elements
 
 // Rows are 16 bytes longer than their elements, so that eight rows at one column lie in different banks.
-template <int kWidth>
-inline constexpr int kTileStride = kWidth + 8;
+template <int kWidth, typename T = uint16_t>
+inline constexpr int kTileStride = kWidth + 16 / sizeof(T);
 
-// A fragment of rows [row, row + 16), columns [column, column + 16)
+// A fragment of rows [row, row + 16), columns [column, column + kProductDepth)
 template <int kWidth, typename T>
 __device__ __forceinline__ void load_a(uint32_t* a, const T* tile, int row, int column) {
   const int lane = threadIdx.x % 32;
-  load_matrices<false>(a, tile + (row + lane % 16) * kTileStride<kWidth> + column + lane / 16 * 8);
+  load_matrices<false>(a,
+                       tile + (row + lane % 16) * kTileStride<kWidth, T> + column + lane / 16 * (kProductDepth<T> / 2));
 }
 
 // B fragments of two blocks of eight columns: the tile holds B transposed, B[k, n] = tile[n, k]
 template <int kWidth, typename T>
 __device__ __forceinline__ void load_b(uint32_t* b, const T* tile, int n, int k) {
   const int lane = threadIdx.x % 32;
-  load_matrices<false>(b, tile + (n + lane % 8 + lane / 16 * 8) * kTileStride<kWidth> + k + lane / 8 % 2 * 8);
+  load_matrices<false>(
+      b, tile + (n + lane % 8 + lane / 16 * 8) * kTileStride<kWidth, T> + k + lane / 8 % 2 * (kProductDepth<T> / 2));
 }
 
-// the same where the tile holds B as it is, B[k, n] = tile[k, n]
+// The same where the tile holds B as it is, B[k, n] = tile[k, n]. Of floats, rows 2t and 2t + 1 take the places t and
+// t + 4, as the columns of C fragments do that become A fragments.
 template <int kWidth, typename T>
 __device__ __forceinline__ void load_b_rows(uint32_t* b, const T* tile, int n, int k) {
+  constexpr int kStride = kTileStride<kWidth, T>;
   const int lane = threadIdx.x % 32;
-  load_matrices<true>(b, tile + (k + lane % 16) * kTileStride<kWidth> + n + lane / 16 * 8);
-}
-
-// c[n] (+)= a . tile^T: A [16, kDepth] from fragments, kColumns rows of the tile
-template <int kDepth, int kColumns, typename T, typename A>
-__device__ __forceinline__ void multiply_transposed(float (*c)[4], A a_of, const T* tile) {
-  DF_UNROLL
-  for (int n = 0; n < kColumns / 8; ++n)
-    for (int i = 0; i < 4; ++i) c[n][i] = 0.0f;
-  DF_UNROLL
-  for (int k = 0; k < kDepth; k += 16) {
-    uint32_t a[4];
-    a_of(a, k);
+  if constexpr (std::is_same_v<T, float>) {
+    const float* at = tile + (k + lane % 4 * 2) * kStride + n + lane / 4;
     DF_UNROLL
-    for (int n = 0; n < kColumns; n += 16) {
-      uint32_t b[4];
-      load_b<kDepth>(b, tile, n, k);
-      mma_16x8x16<T>(c[n / 8], a, b);
-      mma_16x8x16<T>(c[n / 8 + 1], a, b + 2);
-    }
+    for (int i = 0; i < 4; ++i) b[i] = float_bits(at[i % 2 * kStride + i / 2 * 8]);
+  } else {
+    load_matrices<true>(b, tile + (k + lane % 16) * kStride + n + lane / 16 * 8);
   }
 }
 
-// c[n] += w . tile: W [16, kRows] is a product's result (its C fragments are rounded and become A fragments)
-template <int kRows, int kWidth, typename T>
-__device__ __forceinline__ void multiply_add(float (*c)[4], const float (*w)[4], const T* tile) {
+// A fragment of the kProductDepth columns of a product's result that begin with the block c[0]; 16-bit: rounded
+template <typename T>
+__device__ __forceinline__ void a_of_result(uint32_t* a, const float (*c)[4]) {
   DF_UNROLL
-  for (int k = 0; k < kRows; k += 16) {
-    const float (*block)[4] = w + k / 8;
-    const uint32_t a[4] = {pack2<T>(block[0][0], block[0][1]), pack2<T>(block[0][2], block[0][3]),
-                           pack2<T>(block[1][0], block[1][1]), pack2<T>(block[1][2], block[1][3])};
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, float>)
+      a[i] = float_bits(c[0][i % 2 * 2 + i / 2]);
+    else
+      a[i] = pack2<T>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+  }
+}
+
+// sum[h] += A[h] . tile[row ..., :]^T with kBlocks * 8 rows of the tile; a_of(a, h, k) gives fragments of A
+template <int kDepth, typename T, int kHalves, int kBlocks, typename A>
+__device__ __forceinline__ void multiply_transposed(float (&sum)[kHalves][kBlocks][4], A a_of, const T* tile, int row) {
+  [[maybe_unused]] constexpr int kAtOnce = std::is_same_v<T, float> ? 4 : kDepth / kProductDepth<T>;
+  float rest[kHalves][kBlocks][4] = {};
+  DF_UNROLL_BY(kAtOnce)
+  for (int k = 0; k < kDepth; k += kProductDepth<T>) {
+    uint32_t raw[kHalves][4];
     DF_UNROLL
-    for (int n = 0; n < kWidth; n += 16) {
-      uint32_t b[4];
-      load_b_rows<kWidth>(b, tile, n, k);
-      mma_16x8x16<T>(c[n / 8], a, b);
-      mma_16x8x16<T>(c[n / 8 + 1], a, b + 2);
+    for (int h = 0; h < kHalves; ++h) a_of(raw[h], h, k);
+    DF_UNROLL
+    for (int n = 0; n < kBlocks; n += 2) {
+      uint32_t right[4];
+      load_b<kDepth>(right, tile, row + n * 8, k);
+      const Operand<T> b(right);
+      DF_UNROLL
+      for (int i = 0; i < 2 * kHalves; ++i)
+        multiply(sum[i / 2][n + i % 2], rest[i / 2][n + i % 2], Operand<T>(raw[i / 2]), b, i % 2);
+    }
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    DF_UNROLL
+    for (int i = 0; i < kHalves * kBlocks * 4; ++i)
+      sum[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] += rest[i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
+  }
+}
+
+// sum[h] += W[h] . tile[row ..., :], where W is a product's result of kBlocks * 8 columns
+template <int kWidth, typename T, int kHalves, int kBlocks>
+__device__ __forceinline__ void multiply_add(float (*sum)[kWidth / 8][4], const float (&w)[kHalves][kBlocks][4],
+                                             const T* tile, int row) {
+  constexpr int kSteps = 16 / kProductDepth<T>;  // sixteen rows at a time
+  DF_UNROLL
+  for (int block = 0; block < kBlocks; block += 2) {
+    uint32_t left[kHalves][kSteps][4];
+    DF_UNROLL
+    for (int i = 0; i < kHalves * kSteps; ++i)
+      a_of_result<T>(left[i / kSteps][i % kSteps], w[i / kSteps] + block + i % kSteps);
+    DF_UNROLL
+    for (int n = 0; n < kWidth / 8; n += 2) {
+      float part[kHalves][2][4] = {};
+      DF_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t right[4];
+        load_b_rows<kWidth>(right, tile, n * 8, row + block * 8 + step * kProductDepth<T>);
+        const Operand<T> b(right);
+        DF_UNROLL
+        for (int i = 0; i < 2 * kHalves; ++i) {
+          float* const to = std::is_same_v<T, float> ? part[i / 2][i % 2] : sum[i / 2][n + i % 2];
+          multiply(to, to, Operand<T>(left[i / 2][step]), b, i % 2);
+        }
+      }
+      if constexpr (std::is_same_v<T, float>) {  // rounded to nearest, where long sums would drift
+        DF_UNROLL
+        for (int i = 0; i < 8 * kHalves; ++i) sum[i / 8][n + i / 4 % 2][i % 4] += part[i / 8][i / 4 % 2][i % 4];
+      }
     }
   }
 }

@@ -69,9 +69,9 @@ void bind_sparse_attention(pybind11::module_& m) {
         });
 
   m.def("sparse_attention_backward",
-        [](const TensorArg& dq, const TensorArg& dk, const TensorArg& dv, const TensorArg& dout, const TensorArg& out,
-           const TensorArg& lse, const TensorArg& q, const TensorArg& k, const TensorArg& v, double scale,
-           const PatternArg& pattern, std::uintptr_t stream) {
+        [](const TensorArg& dq, const TensorArg& dk, const TensorArg& dv, const TensorArg& terms_arg,
+           const TensorArg& dout, const TensorArg& out, const TensorArg& lse, const TensorArg& q, const TensorArg& k,
+           const TensorArg& v, double scale, const PatternArg& pattern, std::uintptr_t stream) {
           Device device;
           sparse_attention::Params params = common(q, k, v, out, lse, scale, pattern, &device);
           const TensorRef first = q.as("q");
@@ -79,6 +79,12 @@ void bind_sparse_attention(pybind11::module_& m) {
           params.dq = read4(dq, "dq", first, params.num_heads);
           params.dk = read4(dk, "dk", first, params.num_kv_heads);
           params.dv = read4(dv, "dv", first, params.num_kv_heads);
+          const TensorRef terms = terms_arg.as("terms");
+          require_dtype(terms, "terms", {DType::kFloat32});
+          require_shape(terms, "terms", {params.batch, params.num_heads, params.length, 2});
+          require_contiguous(terms, "terms");
+          require_same_device(terms, "terms", first, "q");
+          params.terms = terms.data;
           (void)stream;
           run_on(
               device,

@@ -1,308 +1,176 @@
 // SPDX-License-Identifier: MIT
-// float32, portable kernels; 16-bit tensors go to cuda_mma.cu. A block owns 16 rows (queries, or keys for dk and dv), a
-// warp four of them; it walks over the other side in tiles of 32, a lane a key. Pairs are masked by index arithmetic.
-// The backward pass has one kernel for dq and one for dk and dv, without atomics and without memory beyond the
-// log-sum-exp.
+// Forward on tensor cores (sm_80 and newer): bfloat16 and float16 as they are, float32 as three products of tf32 parts.
+// A block owns 64 or 128 queries of a head, whose fragments stay in registers; scores never leave registers either.
+// The softmax runs online, its shift raised only when a row's scores outgrow it by 2^8. Floor: q, k, v and out moved
+// once, 4 x 2 L D bytes a head; a warp's 32 x 16 scores of width 64 take 32 products of 16 x 8 x 16, which bound the
+// kernel, 8 loads of fragments and 16 exponentials. Of the scores computed for 256 + 32 x 32 positions, the pattern
+// asks for 0.95 (row), 0.97 (column), 0.74 (conv) and 0.99 (dense).
 #include <stdexcept>
 
-#include "walk.cuh"
+#include "rows.cuh"
 
 namespace dalle_fast::sparse_attention {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kBlocks = 4;             // at least, on a multiprocessor: 128 registers a thread
-constexpr int kEach = 4;               // rows of a warp
-constexpr int kRows = kWarps * kEach;  // rows of a block
-constexpr int kKeys = 32;
-constexpr int kMaxDim = 128;
+// at least, on a multiprocessor: 168 or 255 registers a thread
+template <typename T, int kDim>
+inline constexpr int kForwardBlocks = kDim * sizeof(T) <= 256 ? 3 : 2;
 
-__device__ __forceinline__ Rows block_rows(const Walk& walk) {
-  return rows_of(walk, static_cast<int>(blockIdx.x), kRows);
-}
+template <typename T, int kDim>
+struct ForwardWarp {
+  static constexpr int kHalves = kQueryHalves<T, kDim>, kColumns = kWideColumns<T, kDim>;
+  static constexpr bool kOnlyPieces = kPiecesOnly<T>;
+  static constexpr float kSlack = 8.0f;  // exponents of 2 by which a score may exceed the shift
+  LeftRows<T, kDim, kHoldsQueries<T, kDim>> q[kHalves];
+  float out[kHalves][kDim / 8][4] = {};
+  float sum[kHalves][2] = {};  // of this thread's columns
+  float shift[kHalves][2];
+  float factor;   // of scores in exponents of 2
+  bool negative;  // scores still need their sign: `factor` is positive, so that -Inf times it is -Inf
 
-template <typename T>
-__device__ __forceinline__ T* row_at(const Tensor4& t, int64_t b, int64_t h, int64_t position) {
-  return head_of<T>(t, b, h) + position * t.stride_l;
-}
-
-// `count` rows into shared memory, `stride` floats apart; what does not exist is zero.
-template <typename T>
-__device__ __forceinline__ void load_rows(float* to, int stride, const Tensor4& t, const Walk& walk, const Rows& rows,
-                                          int count, int64_t b, int64_t h, int dim, float factor) {
-  for (int r = threadIdx.x / 32; r < count; r += kWarps) {
-    const int position = walk.position(rows.image, rows.begin + r);
-    const T* from = position < 0 ? nullptr : row_at<T>(t, b, h, position);
-    for (int d = threadIdx.x % 32; d < dim; d += 32) to[r * stride + d] = from ? to_float(from[d]) * factor : 0.0f;
+  __device__ __forceinline__ ForwardWarp(float scale, const T* rows, int first) {
+    factor = fmaxf(fabsf(scale) * kLog2e, 1e-30f);
+    negative = scale < 0.0f;
+    DF_UNROLL
+    for (int h = 0; h < kHalves; ++h) {
+      q[h].take(rows, first + 16 * h);
+      shift[h][0] = shift[h][1] = -3e38f;
+    }
   }
-}
 
-// rows[e] . tile[lane] for the kEach rows of this warp
-__device__ __forceinline__ void dots(float* out, const float* rows, const float* tile, int dim) {
-  const float* mine = &tile[threadIdx.x % 32 * (dim + 1)];
-  const float* first = &rows[threadIdx.x / 32 * kEach * dim];
-  DF_UNROLL
-  for (int e = 0; e < kEach; ++e) out[e] = 0.0f;
-  for (int d = 0; d < dim; ++d) {
-    const float x = mine[d];
-    DF_UNROLL
-    for (int e = 0; e < kEach; ++e) out[e] += first[e * dim + d] * x;
-  }
-}
-
-// sum[e][j] += weight[e] of lane k * tile[k][lane + 32 j]
-template <int kPer>
-__device__ __forceinline__ void accumulate(float (*sum)[kPer], const float* weight, const float* tile, int dim) {
-  const int lane = threadIdx.x % 32;
-  for (int k = 0; k < kKeys; ++k) {
-    float w[kEach];
-    DF_UNROLL
-    for (int e = 0; e < kEach; ++e) w[e] = __shfl_sync(0xffffffffu, weight[e], k);
-    DF_UNROLL
-    for (int j = 0; j < kPer; ++j) {
-      const float x = lane + 32 * j < dim ? tile[k * (dim + 1) + lane + 32 * j] : 0.0f;
+  template <int kCount, int kWide, typename Mask>
+  __device__ __forceinline__ void step(int half, int column, const KeyStage<T>& stage, const Mask& mask) {
+    constexpr int kBlocks = kWide / 8;
+    float s[kCount][kBlocks][4] = {}, top[kCount][2];
+    multiply_transposed<kDim>(s, [&](uint32_t* a, int h, int k) { q[half + h].fragment(a, k); }, stage.k, column);
+    if (negative) {
       DF_UNROLL
-      for (int e = 0; e < kEach; ++e) sum[e][j] += w[e] * x;
+      for (int i = 0; i < kCount * kBlocks * 4; ++i) s[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] *= -1.0f;
     }
-  }
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-  for (int bits = 16; bits > 0; bits /= 2) x += __shfl_xor_sync(0xffffffffu, x, bits);
-  return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-  for (int bits = 16; bits > 0; bits /= 2) {
-    const float other = __shfl_xor_sync(0xffffffffu, x, bits);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
-// Whether a query sees a key, both rows of a block or a tile; `there`: whether the query exists
-__device__ __forceinline__ bool may_see(const Walk& walk, bool there, const Rows& q, int q_at, const Rows& k,
-                                        int k_at) {
-  if (!there) return false;
-  if (!k.image) return k_at < walk.num_text && (q.image || k_at <= q_at);
-  return q.image && walk.sees(q_at, k_at);
-}
-
-// ---- forward
-
-template <typename T, int kPer>
-__global__ void __launch_bounds__(kThreads, kBlocks) attend(const Params p, const Walk walk) {
-  DF_DYNAMIC_SHARED(float, shared);
-  const int dim = static_cast<int>(p.head_dim), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float* const q = shared;
-  float* const tile = shared + kRows * dim;
-  const Rows rows = block_rows(walk);
-  const int64_t b = blockIdx.y / p.num_heads, h = blockIdx.y % p.num_heads;
-  const int64_t kv = h / (p.num_heads / p.num_kv_heads);
-  load_rows<T>(q, dim, p.q, walk, rows, kRows, b, h, dim, p.scale);
-  int position[kEach];
-  float largest[kEach], sum[kEach] = {}, out[kEach][kPer] = {};
-  DF_UNROLL
-  for (int e = 0; e < kEach; ++e) {
-    position[e] = walk.position(rows.image, rows.begin + warp * kEach + e);
-    largest[e] = -INFINITY;
-  }
-  const Tiles tiles = key_tiles(walk, rows, kRows, kKeys);
-  for (int i = 0; i < tiles.count; ++i) {
-    const Rows tile_rows = tiles[i];
-    __syncthreads();
-    load_rows<T>(tile, dim + 1, p.k, walk, tile_rows, kKeys, b, kv, dim, 1.0f);
-    __syncthreads();
-    float s[kEach];
-    dots(s, q, tile, dim);
-    const int key = tile_rows.begin + lane;
+    bool outgrown = false;
     DF_UNROLL
-    for (int e = 0; e < kEach; ++e) {
-      const bool seen = may_see(walk, position[e] >= 0, rows, rows.begin + warp * kEach + e, tile_rows, key);
-      const float top = warp_max(seen ? s[e] : -INFINITY);
-      const float now = top > largest[e] ? top : largest[e];
-      const float keep = sum[e] == 0.0f ? 0.0f : expf(largest[e] - now);
-      s[e] = seen ? expf(s[e] - now) : 0.0f;
-      largest[e] = now;
-      sum[e] = sum[e] * keep + warp_sum(s[e]);
+    for (int h = 0; h < kCount; ++h) {
       DF_UNROLL
-      for (int j = 0; j < kPer; ++j) out[e][j] *= keep;
-    }
-    __syncthreads();
-    load_rows<T>(tile, dim + 1, p.v, walk, tile_rows, kKeys, b, kv, dim, 1.0f);
-    __syncthreads();
-    accumulate<kPer>(out, s, tile, dim);
-  }
-  DF_UNROLL
-  for (int e = 0; e < kEach; ++e) {
-    if (position[e] < 0) continue;
-    T* to = row_at<T>(p.out, b, h, position[e]);
-    DF_UNROLL
-    for (int j = 0; j < kPer; ++j)
-      if (lane + 32 * j < dim) from_float(&to[lane + 32 * j], out[e][j] / sum[e]);
-    if (lane == 0) p.lse[(b * p.num_heads + h) * p.length + position[e]] = largest[e] + logf(sum[e]);
-  }
-}
-
-// ---- backward
-
-// sum over channels of out * dout at a position, the same in all lanes
-template <typename T>
-__device__ __forceinline__ float delta_at(const Params& p, int64_t b, int64_t h, int64_t position, int dim) {
-  float x = 0.0f;
-  if (position >= 0)
-    for (int d = threadIdx.x % 32; d < dim; d += 32)
-      x += to_float(row_at<T>(p.out, b, h, position)[d]) * to_float(row_at<T>(p.dout, b, h, position)[d]);
-  return warp_sum(x);
-}
-
-template <typename T, int kPer>
-__global__ void __launch_bounds__(kThreads, kBlocks) gradient_of_queries(const Params p, const Walk walk) {
-  DF_DYNAMIC_SHARED(float, shared);
-  const int dim = static_cast<int>(p.head_dim), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float* const q = shared;
-  float* const dout = q + kRows * dim;
-  float* const tile = dout + kRows * dim;
-  const Rows rows = block_rows(walk);
-  const int64_t b = blockIdx.y / p.num_heads, h = blockIdx.y % p.num_heads;
-  const int64_t kv = h / (p.num_heads / p.num_kv_heads);
-  load_rows<T>(q, dim, p.q, walk, rows, kRows, b, h, dim, p.scale);
-  load_rows<T>(dout, dim, p.dout, walk, rows, kRows, b, h, dim, 1.0f);
-  int position[kEach];
-  float lse[kEach], delta[kEach], dq[kEach][kPer] = {};
-  for (int e = 0; e < kEach; ++e) {
-    position[e] = walk.position(rows.image, rows.begin + warp * kEach + e);
-    lse[e] = position[e] < 0 ? 0.0f : p.lse[(b * p.num_heads + h) * p.length + position[e]];
-    delta[e] = delta_at<T>(p, b, h, position[e], dim);
-  }
-  const Tiles tiles = key_tiles(walk, rows, kRows, kKeys);
-  for (int i = 0; i < tiles.count; ++i) {
-    const Rows tile_rows = tiles[i];
-    __syncthreads();
-    load_rows<T>(tile, dim + 1, p.v, walk, tile_rows, kKeys, b, kv, dim, 1.0f);
-    __syncthreads();
-    float dp[kEach], ds[kEach];
-    dots(dp, dout, tile, dim);
-    __syncthreads();
-    load_rows<T>(tile, dim + 1, p.k, walk, tile_rows, kKeys, b, kv, dim, 1.0f);
-    __syncthreads();
-    dots(ds, q, tile, dim);
-    const int key = tile_rows.begin + lane;
-    DF_UNROLL
-    for (int e = 0; e < kEach; ++e) {
-      const bool seen = may_see(walk, position[e] >= 0, rows, rows.begin + warp * kEach + e, tile_rows, key);
-      ds[e] = seen ? expf(ds[e] - lse[e]) * (dp[e] - delta[e]) : 0.0f;
-    }
-    accumulate<kPer>(dq, ds, tile, dim);
-  }
-  DF_UNROLL
-  for (int e = 0; e < kEach; ++e) {
-    if (position[e] < 0) continue;
-    T* to = row_at<T>(p.dq, b, h, position[e]);
-    DF_UNROLL
-    for (int j = 0; j < kPer; ++j)
-      if (lane + 32 * j < dim) from_float(&to[lane + 32 * j], dq[e][j] * p.scale);
-  }
-}
-
-template <typename T, int kPer>
-__global__ void __launch_bounds__(kThreads, kBlocks) gradient_of_keys(const Params p, const Walk walk) {
-  DF_DYNAMIC_SHARED(float, shared);
-  DF_SHARED(float, deltas, kKeys);
-  const int dim = static_cast<int>(p.head_dim), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float* const k = shared;
-  float* const v = k + kRows * dim;
-  float* const tile = v + kRows * dim;
-  const Rows rows = block_rows(walk);
-  const int64_t b = blockIdx.y / p.num_kv_heads, kv = blockIdx.y % p.num_kv_heads;
-  load_rows<T>(k, dim, p.k, walk, rows, kRows, b, kv, dim, p.scale);
-  load_rows<T>(v, dim, p.v, walk, rows, kRows, b, kv, dim, 1.0f);
-  int position[kEach];
-  float dk[kEach][kPer] = {}, dv[kEach][kPer] = {};
-  DF_UNROLL
-  for (int e = 0; e < kEach; ++e) position[e] = walk.position(rows.image, rows.begin + warp * kEach + e);
-  const Tiles tiles = query_tiles(walk, rows, kRows, kKeys);
-  const int64_t group = p.num_heads / p.num_kv_heads;
-  for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
-    for (int t = 0; t < tiles.count; ++t) {
-      const Rows tile_rows = tiles[t];
-      __syncthreads();
-      load_rows<T>(tile, dim + 1, p.q, walk, tile_rows, kKeys, b, h, dim, 1.0f);
-      for (int i = warp; i < kKeys; i += kWarps) {
-        const float delta = delta_at<T>(p, b, h, walk.position(tile_rows.image, tile_rows.begin + i), dim);
-        if (lane == 0) deltas[i] = delta;
+      for (int i = 0; i < kBlocks * 4; ++i) {
+        float &score = s[h][i / 4][i % 4], &largest = top[h][i % 4 / 2];
+        if (!mask(i / 4, i % 4)) score = -INFINITY;
+        largest = i == 0 || i == 2 ? score : fmaxf(score, largest);
       }
-      __syncthreads();
-      float weight[kEach], dp[kEach];
-      dots(weight, k, tile, dim);
-      const int query = walk.position(tile_rows.image, tile_rows.begin + lane);
-      const float lse = query < 0 ? 0.0f : p.lse[(b * p.num_heads + h) * p.length + query];
-      const float delta = deltas[lane];
       DF_UNROLL
-      for (int e = 0; e < kEach; ++e) {
-        const bool seen = position[e] >= 0 && may_see(walk, query >= 0, tile_rows, tile_rows.begin + lane, rows,
-                                                      rows.begin + warp * kEach + e);
-        weight[e] = seen ? expf(weight[e] - lse) : 0.0f;
-      }
-      __syncthreads();
-      load_rows<T>(tile, dim + 1, p.dout, walk, tile_rows, kKeys, b, h, dim, 1.0f);
-      __syncthreads();
-      dots(dp, v, tile, dim);
-      accumulate<kPer>(dv, weight, tile, dim);
-      DF_UNROLL
-      for (int e = 0; e < kEach; ++e) weight[e] = weight[e] == 0.0f ? 0.0f : weight[e] * (dp[e] - delta);
-      __syncthreads();
-      load_rows<T>(tile, dim + 1, p.q, walk, tile_rows, kKeys, b, h, dim, p.scale);
-      __syncthreads();
-      accumulate<kPer>(dk, weight, tile, dim);
+      for (int j = 0; j < 2; ++j) outgrown |= top[h][j] * factor > shift[half + h][j] + kSlack;
     }
-  DF_UNROLL
-  for (int e = 0; e < kEach; ++e) {
-    if (position[e] < 0) continue;
-    T* to_k = row_at<T>(p.dk, b, kv, position[e]);
-    T* to_v = row_at<T>(p.dv, b, kv, position[e]);
+    if (__any_sync(0xffffffffu, outgrown)) {
+      DF_UNROLL
+      for (int h = 0; h < kCount; ++h) raise(half + h, top[h]);
+    }
     DF_UNROLL
-    for (int j = 0; j < kPer; ++j) {
-      if (lane + 32 * j >= dim) continue;
-      from_float(&to_k[lane + 32 * j], dk[e][j]);
-      from_float(&to_v[lane + 32 * j], dv[e][j]);
+    for (int h = 0; h < kCount; ++h) DF_UNROLL
+    for (int i = 0; i < kBlocks * 4; ++i) {
+      float& score = s[h][i / 4][i % 4];
+      score = fast_exp2(score * factor - shift[half + h][i % 4 / 2]);
+      sum[half + h][i % 4 / 2] += score;
+    }
+    multiply_add<kDim>(out + half, s, stage.v, column);
+  }
+
+ private:
+  // Each row by its own scores alone, so that it has the same bits whatever its neighbours are.
+  __device__ __forceinline__ void raise(int h, const float* top) {
+    DF_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      float largest = fmaxf(top[j], __shfl_xor_sync(0xffffffffu, top[j], 1));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * factor;
+      if (!(largest > shift[h][j] + kSlack)) largest = shift[h][j];
+      const float keep = fast_exp2(shift[h][j] - largest);
+      shift[h][j] = largest;
+      sum[h][j] *= keep;
+      DF_UNROLL
+      for (int n = 0; n < kDim / 8; ++n) {
+        out[h][n][2 * j] *= keep;
+        out[h][n][2 * j + 1] *= keep;
+      }
     }
   }
-}
+};
 
-// ---- launches
-
-template <int kPer>
-void run(const Params& p, const Walk& walk, void* stream, bool backward) {
-  const auto blocks = static_cast<unsigned>(walk.blocks(kRows));
-  const dim3 queries(blocks, static_cast<unsigned>(p.batch * p.num_heads));
-  const dim3 keys(blocks, static_cast<unsigned>(p.batch * p.num_kv_heads));
-  const std::size_t rows = kRows * p.head_dim * sizeof(float), tile = kKeys * (p.head_dim + 1) * sizeof(float);
-  if (!backward) {
-    DF_LAUNCH((attend<float, kPer>), queries, kThreads, rows + tile, stream, p, walk);
-    return;
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads, (kForwardBlocks<T, kDim>))
+    attend(const Params p, const Walk walk, const bool vectors) {
+  constexpr int kRows = kQueryRows<T, kDim>, kKeys = kTileRows<T, kDim>, kTile = kKeys * kTileStride<kDim, T>;
+  static_assert(!kHoldsQueries<T, kDim> || kRows <= 2 * kKeys, "a stage holds the block's rows");
+  DF_DYNAMIC_SHARED(T, stages);  // keys, values, keys, values
+  const int dim = static_cast<int>(p.head_dim), lane = threadIdx.x % 32;
+  const Place at = query_block(p, walk, kRows);
+  const int own = static_cast<int>(threadIdx.x) / 32 * 16 * kQueryHalves<T, kDim>;  // this warp's rows of the block
+  const Tiles tiles = key_tiles(walk, at.rows, kRows, kKeys);
+  const auto load = [&](int i) {
+    T* const k = stages + i % 2 * 2 * kTile;
+    load_rows<kDim, kKeys>(walk, tiles[i], dim, vectors, Copy<T>(k, p.k, at.b, at.kv),
+                           Copy<T>(k + kTile, p.v, at.b, at.kv));
+    copy_async_commit();
+  };
+  // What registers hold comes through the second stage, which is free until the loop and after it.
+  T* const q = stages + (kHoldsQueries<T, kDim> ? 2 : 4) * kTile;
+  load_rows<kDim, kRows>(walk, at.rows, dim, vectors, Copy<T>(q, p.q, at.b, at.h));
+  load(0);
+  copy_async_wait<0>();
+  __syncthreads();
+  ForwardWarp<T, kDim> warp(p.scale, q, own);
+  for (int i = 0; i < tiles.count; ++i) {
+    copy_async_wait<0>();
+    __syncthreads();  // tile i is here, and nobody reads tile i - 1 (or q) any more
+    if (i + 1 < tiles.count) load(i + 1);
+    const T* const k = stages + i % 2 * 2 * kTile;
+    meet<kKeys>(warp, KeyStage<T>{k, k + kTile}, Sight<true>{walk, at.rows.image, tiles[i].image}, at.rows.begin + own,
+                tiles[i]);
   }
-  DF_LAUNCH((gradient_of_queries<float, kPer>), queries, kThreads, 2 * rows + tile, stream, p, walk);
-  DF_LAUNCH((gradient_of_keys<float, kPer>), keys, kThreads, 2 * rows + tile, stream, p, walk);
-}
-
-void run_any(const Params& p, void* stream, bool backward) {
-  if (p.batch == 0 || p.length == 0 || p.num_heads == 0) return;
-  if (p.head_dim > kMaxDim) throw std::invalid_argument("q: the CUDA kernel takes at most 128 channels a head");
-  if (p.batch * p.num_heads > 65535)
-    throw std::invalid_argument("q: the CUDA kernel takes at most 65535 batch * heads");
-  if (p.pattern.length() > (1 << 20))
-    throw std::invalid_argument("pattern: the CUDA kernel takes at most 2^20 positions");
-  const DeviceGuard guard(p.device.index);
-  const Walk walk(p.pattern, p.length);
-  if (p.dtype != DType::kFloat32) return backward ? backward_mma(p, walk, stream) : forward_mma(p, walk, stream);
-  if (p.head_dim <= 32) return run<1>(p, walk, stream, backward);
-  if (p.head_dim <= 64) return run<2>(p, walk, stream, backward);
-  run<4>(p, walk, stream, backward);
+  __syncthreads();  // nobody reads tiles any more
+  DF_UNROLL
+  for (int h = 0; h < kQueryHalves<T, kDim>; ++h) {
+    const Rows rows{at.rows.image, at.rows.begin + own + 16 * h};
+    float inverse[2];
+    DF_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      float sum = warp.sum[h][j];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      inverse[j] = 1.0f / sum;
+      const int position = walk.position(rows.image, rows.begin + lane / 4 + 8 * j);
+      if (position >= 0 && lane % 4 == 0)
+        p.lse[query_row(p, at.b, at.h, position)] = (warp.shift[h][j] + log2f(sum)) * kLn2;
+    }
+    store_rows<kDim>(p.out, q + (own + 16 * h) * kTileStride<kDim, T>, warp.out[h], inverse, walk, rows, at.b, at.h,
+                     dim, vectors);
+  }
 }
 
 }  // namespace
 
-void forward_cuda(const Params& p, void* stream) { run_any(p, stream, false); }
-void backward_cuda(const Params& p, void* stream) { run_any(p, stream, true); }
+Walk checked_walk(const Params& p) {
+  if (p.head_dim > kMaxDim) throw std::invalid_argument("q: the CUDA kernel takes at most 128 channels a head");
+  if (p.pattern.length() > (1 << 20))
+    throw std::invalid_argument("pattern: the CUDA kernel takes at most 2^20 positions");
+  for (const Tensor4* t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv})
+    if (p.length > 1 && t->stride_l >> 32)
+      throw std::invalid_argument("q: the CUDA kernel takes rows at most 2^32 elements apart");
+  const Walk walk(p.pattern, p.length);
+  if (p.batch > 65535 || p.num_heads > 65535)
+    throw std::invalid_argument("q: the CUDA kernel takes at most a batch of 65535 and 65535 heads");
+  if (p.batch * p.num_kv_heads * walk.blocks(16 * kWarps) >= int64_t{1} << 31)
+    throw std::invalid_argument("q: the CUDA kernel takes at most 2^31 blocks of 64 keys");
+  return walk;
+}
+
+void forward_cuda(const Params& p, void* stream) {
+  if (p.batch == 0 || p.length == 0 || p.num_heads == 0) return;
+  const Walk walk = checked_walk(p);
+  const DeviceGuard guard(p.device.index);
+  dispatch(p, [&](auto element, auto width) {
+    using T = decltype(element);
+    constexpr int kDim = decltype(width)::value;
+    constexpr int kRows = kQueryRows<T, kDim>, kStages = 4 * kTileRows<T, kDim> + (kHoldsQueries<T, kDim> ? 0 : kRows);
+    launch<T, kDim>(attend<T, kDim>, query_blocks(p, walk, kRows), kStages, stream, p, walk);
+  });
+}
 
 }  // namespace dalle_fast::sparse_attention

@@ -20,6 +20,7 @@ struct Params {
   Tensor4 q, k, v, out;
   float* lse;                // [B, H, L], ln of the softmax's denominator
   Tensor4 dout, dq, dk, dv;  // backward only
+  void* terms;               // backward in CUDA only: [B, H, L, 2] float32 between its two kernels
   int64_t batch;
   int64_t num_heads;
   int64_t num_kv_heads;

@@ -12,7 +12,9 @@ namespace dalle_fast::sparse_attention {
 struct Walk {
   PatternKind kind;
   bool wraparound;
-  int text_len, num_text, num_image, slots, height, width, extent, half;
+  int text_len, num_text, num_image, slots, height, width;
+  int half;   // conv: of the window's side
+  int reach;  // from a slot to the first one that it may look at; column ends at the column's first
   Divisor by_height, by_width;
 
   Walk(const Pattern& p, int64_t length) : kind(p.kind), wraparound(p.wraparound) {
@@ -23,8 +25,11 @@ struct Walk {
     slots = num_image && kind == PatternKind::kColumn ? static_cast<int>(image) : num_image;
     height = static_cast<int>(p.height);
     width = static_cast<int>(p.width);
-    extent = static_cast<int>(p.extent < image ? p.extent : image);
     half = static_cast<int>(p.kernel / 2 < side ? p.kernel / 2 : side);
+    int64_t back = image;
+    if (kind == PatternKind::kRow) back = p.extent - 1;
+    if (kind == PatternKind::kConv) back = half * (p.width + 1);
+    reach = static_cast<int>(back < image ? back : image);
     by_height = Divisor(static_cast<uint32_t>(height));
     by_width = Divisor(static_cast<uint32_t>(width));
   }
@@ -37,18 +42,12 @@ struct Walk {
   // the first slot that `slot` (and those behind it) may look at
   __device__ __forceinline__ int first_key(int slot) const {
     if (kind == PatternKind::kColumn) return by_height.divide(slot) * height;
-    int back = slot;
-    if (kind == PatternKind::kRow) back = extent - 1;
-    if (kind == PatternKind::kConv) back = half * (width + 1);
-    return slot > back ? slot - back : 0;
+    return slot > reach ? slot - reach : 0;
   }
   // one behind the last slot that may look at `slot` (or at those before it)
   __device__ __forceinline__ int end_query(int slot) const {
-    int64_t end = slots;
-    if (kind == PatternKind::kColumn) end = (by_height.divide(slot) + 1) * height;
-    if (kind == PatternKind::kRow) end = static_cast<int64_t>(slot) + extent;
-    if (kind == PatternKind::kConv) end = slot + static_cast<int64_t>(half) * (width + 1) + 1;
-    return end < slots ? static_cast<int>(end) : slots;
+    const int end = kind == PatternKind::kColumn ? (by_height.divide(slot) + 1) * height : slot + reach + 1;
+    return end < slots ? end : slots;
   }
   // position in the stream of a text index or an image slot, or -1
   __device__ __forceinline__ int position(bool image, int i) const {
@@ -57,25 +56,11 @@ struct Walk {
     const int r = raster(i);
     return r < num_image ? text_len + r : -1;
   }
-  // Whether conv, within its range, lets q see k (scalar/pattern.h).
-  __device__ __forceinline__ bool in_window(int q, int k) const {
-    if (!wraparound) {
-      const int q_row = by_width.divide(q), k_row = by_width.divide(k);
-      const int columns = (q - q_row * width) - (k - k_row * width);
-      return q_row - k_row <= half && columns <= half && -columns <= half;
-    }
-    const int offset = q - k, most = by_width.divide(offset + half);
-    return offset - width * (most < half ? most : half) <= half;
-  }
-  // Whether an image query sees an image key, both by their slots.
-  __device__ __forceinline__ bool sees(int q, int k) const {
-    return first_key(q) <= k && k <= q && (kind != PatternKind::kConv || in_window(q, k));
-  }
   __host__ __device__ int text_blocks(int rows) const { return (num_text + rows - 1) / rows; }
   __host__ __device__ int blocks(int rows) const { return text_blocks(rows) + (slots + rows - 1) / rows; }
 };
 
-// Rows of a block: `begin` counts text indices or image slots.
+// Rows of a block or a tile: `begin` counts text indices or image slots.
 struct Rows {
   bool image;
   int begin;
@@ -108,15 +93,65 @@ __device__ __forceinline__ Tiles key_tiles(const Walk& walk, const Rows& rows, i
 __device__ __forceinline__ Tiles query_tiles(const Walk& walk, const Rows& rows, int count, int size) {
   if (!rows.image) return Tiles(rows.begin, walk.num_text, 0, walk.slots, size);
   const int last = rows.begin + count < walk.slots ? rows.begin + count - 1 : walk.slots - 1;
-  return Tiles(0, 0, rows.begin, walk.end_query(last), size);
+  return Tiles(rows.begin, 0, rows.begin, walk.end_query(last), size);
 }
 
-template <typename T>
-__device__ __forceinline__ T* head_of(const Tensor4& t, int64_t b, int64_t h) {
-  return static_cast<T*>(t.data) + b * t.stride_b + h * t.stride_h;
+// Bits low ... high of sixteen; any integers.
+__device__ __forceinline__ uint32_t bits_between(int low, int high) {
+  low = low > 0 ? low : 0;
+  high = high < 15 ? high : 15;
+  return low <= high ? 0xffffu >> (15 - high) >> low << low : 0;
 }
 
-void forward_mma(const Params& p, const Walk& walk, void* stream);
-void backward_mma(const Params& p, const Walk& walk, void* stream);
+struct Range {
+  int low, high;
+};
+
+// Which columns of a tile the rows of a block meet: queries see keys, or keys are seen by queries.
+template <bool kRowsAreQueries>
+struct Sight {
+  const Walk& walk;
+  bool rows_image, columns_image;
+
+  __device__ __forceinline__ int num_rows() const { return rows_image ? walk.slots : walk.num_text; }
+  __device__ __forceinline__ bool has_holes() const {
+    return walk.kind == PatternKind::kConv && rows_image && columns_image;
+  }
+  // The columns of a row, conv's holes aside; both ends grow with the row.
+  __device__ __forceinline__ Range range(int row) const {
+    if constexpr (kRowsAreQueries) {
+      if (columns_image) return {walk.first_key(row), row};
+      return {0, rows_image ? walk.num_text - 1 : row};
+    } else {
+      if (rows_image != columns_image) return {0, walk.slots - 1};
+      return {row, (rows_image ? walk.end_query(row) : walk.num_text) - 1};
+    }
+  }
+  // Bit j: whether `row`, whose range is r, meets column `begin` + j, of sixteen.
+  __device__ __forceinline__ uint32_t seen(int row, const Range& r, int begin) const {
+    const uint32_t bits = bits_between(r.low - begin, r.high - begin);
+    return has_holes() ? bits & window(row, begin) : bits;
+  }
+
+ private:
+  // conv's window alone: at most half + 1 ranges, `width` apart (scalar/pattern.h)
+  __device__ __forceinline__ uint32_t window(int row, int begin) const {
+    int left = walk.half, right = walk.half;
+    if (!walk.wraparound) {
+      const int column = row - walk.by_width.divide(row) * walk.width;
+      left = left < column ? left : column;
+      right = right < walk.width - 1 - column ? right : walk.width - 1 - column;
+    }
+    int center = row - begin;  // of the row's own range, among the sixteen
+    const int behind = kRowsAreQueries ? center - left - 15 : -center - right;
+    int skipped = behind > 0 ? walk.by_width.divide(behind + walk.width - 1) : 0;
+    const int step = kRowsAreQueries ? -walk.width : walk.width;
+    center += skipped * step;
+    uint32_t bits = 0;
+    for (; skipped <= walk.half && center + right >= 0 && center - left <= 15; ++skipped, center += step)
+      bits |= bits_between(center - left, center + right);
+    return bits;
+  }
+};
 
 }  // namespace dalle_fast::sparse_attention

@@ -25,7 +25,8 @@ def sparse_attention(
     """softmax(scale q k^T, where `pattern` allows) v, with one softmax over text and image keys (paper section 2.2).
 
     Scores are float32 and never stored; the backward pass recomputes them from the log-sum-exp. Deterministic at any
-    number of threads. First derivatives only: backend="reference" has further ones.
+    number of threads. First derivatives only: backend="reference" has further ones. On CUDA, float32 products are three
+    tf32 products each: as accurate as float32, but Inf in q, k or v gives NaN.
 
     Args:
         q: [B, H, L, D], float32, bfloat16 or float16, any strides (views of a packed qkv are read in place when D is

@@ -82,6 +82,17 @@ ROOM = Room(
         _case("dense_interior", AttentionPattern("dense", 70, (10, 14)), batch=1, heads=2, kv_heads=1, dim=128),
         _case("row_interior", AttentionPattern("row", 3, (20, 10), extent=150), batch=1, heads=1, dim=40),
         _case("column_interior", AttentionPattern("column", 66, (140, 2)), batch=1, heads=1, dim=16, length=330),
+        # warps that meet nothing of a tile, and pieces of 16 x 16 at every edge
+        _case("row_narrow", AttentionPattern("row", 9, (13, 12), extent=3), batch=1, heads=1),
+        _case("row_wide", AttentionPattern("row", 20, (13, 12), extent=70), batch=1, kv_heads=1, length=161),
+        _case("conv_prefix", AttentionPattern("conv", 18, (9, 16), kernel=5), batch=1, kv_heads=1, length=149),
+        _case("conv_wide", AttentionPattern("conv", 3, (23, 3), kernel=9), batch=1, heads=1),
+        _case("conv_rows_wide", AttentionPattern("conv", 3, (9, 17), kernel=7, wraparound=False), batch=1, heads=1),
+        # scores far apart: the softmax's shift has to follow
+        _case("scale_one", AttentionPattern("dense", 37, (9, 9)), batch=1, heads=1, dim=16, scale=1.0),
+        _case("scale_large", AttentionPattern("dense", 37, (9, 9)), batch=1, scale=2.0, dtypes=(torch.float32,)),
+        _case("scale_negative", AttentionPattern("row", 37, (9, 9)), batch=1, heads=1, dim=16, scale=-0.5),
+        _case("scale_zero", AttentionPattern("conv", 5, (5, 5), kernel=3), batch=1, heads=1, scale=0.0),
         _case("one", AttentionPattern("dense", 1, (1, 1)), batch=1, heads=1, dim=1, length=1),
         _case("empty_batch", AttentionPattern("row", 3, (2, 2)), batch=0),
         _case("empty_length", AttentionPattern("row", 3, (2, 2)), length=0),

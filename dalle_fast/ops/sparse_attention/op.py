@@ -33,7 +33,8 @@ def _forward_fake(q, k, v, scale, *pattern):
 def _backward_kernel(dout, out, lse, q, k, v, scale, *pattern):
     q, k, v, dout = _rows_dense(q), _rows_dense(k), _rows_dense(v), _rows_dense(dout)
     dq, dk, dv = _backward_fake(dout, out, lse, q, k, v, scale, *pattern)
-    _C.sparse_attention_backward(dq, dk, dv, dout, out, lse, q, k, v, scale, pattern, stream_of(q))
+    terms = lse.new_empty(*lse.shape, 2)  # between the two CUDA kernels
+    _C.sparse_attention_backward(dq, dk, dv, terms, dout, out, lse, q, k, v, scale, pattern, stream_of(q))
     return dq, dk, dv
 
 
