@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -18,17 +17,21 @@ class Ranks:
     """`size` processes in one default group.
 
     `run(function, *args, world=2)` calls function(group, *args) in the first two and returns what each returned;
-    functions belong to importable modules.
+    functions belong to importable modules. Without `initialize` there are no groups.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, initialize: bool = True) -> None:
         context = mp.get_context("forkserver")  # torch is imported once
-        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "dalle_fast.models", "dalle_fast.parallel"])
+        context.set_forkserver_preload(
+            ["torch._dynamo", "torch.distributed.fsdp", "dalle_fast.models", "dalle_fast.parallel"]
+        )
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, self.folder.name), daemon=True)
+            process = context.Process(
+                target=_serve, args=(there, rank, size, self.folder.name, initialize), daemon=True
+            )
             process.start()
             there.close()
             self.pipes.append(here)
@@ -53,12 +56,12 @@ class Ranks:
         self.folder.cleanup()
 
 
-def _serve(pipe, rank: int, size: int, folder: str) -> None:
+def _serve(pipe, rank: int, size: int, folder: str, initialize: bool) -> None:
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    groups = {n: dist.new_group(list(range(n))) for n in range(1, size)}
-    groups[size] = dist.group.WORLD
+    groups = dict.fromkeys(range(1, size + 1))
+    if initialize:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+        groups = {n: dist.new_group(list(range(n))) for n in groups}
     while True:
         try:
             function, args, world = pipe.recv()
@@ -69,4 +72,5 @@ def _serve(pipe, rank: int, size: int, folder: str) -> None:
             pipe.send((function(groups[world], *args) if rank < world else None, ""))
         except BaseException:
             pipe.send((None, traceback.format_exc()))
-    dist.destroy_process_group()
+    if initialize:
+        dist.destroy_process_group()

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from .hooks import attach_powersgd, powersgd_hook
-from .powersgd import PowerSGD, compression_rate
+from .matrices import compression_rate
+from .powersgd import PowerSGD
 from .shard import shard_blocks, shard_placement
 from .wire import Traffic, all_reduce_codes, wire_bytes
 

@@ -40,7 +40,7 @@ def attach_powersgd(model: nn.Module, state: PowerSGD) -> None:
     have already been summed over machines when the hook is called); `state` has the group of ranks that hold the same
     shards on all machines, and the group of this machine's shards. `param.grad` holds the final gradients after
     `backward`. Gradients are not added up: clear them before each backward; to accumulate, use
-    `set_requires_gradient_sync(False)`.
+    `set_requires_gradient_sync(False)`. Not with reentrant checkpointing, which nests backward passes.
 
     Raises:
         ValueError: no module is sharded, or one on a mesh that has more than one dimension.
@@ -65,7 +65,7 @@ class _ShardedBackward:
     def __init__(self, state: PowerSGD) -> None:
         self.state = state
         self.taken: list[tuple[list[Entry], list[torch.Tensor]]] = []
-        self.queued = False
+        self.task = -1  # autograd's number of the backward pass
 
     def take(self, entries: list[Entry], reduced: torch.Tensor) -> None:
         """The hook: `reduced` has the shards of a module's gradients one behind the other.
@@ -80,9 +80,12 @@ class _ShardedBackward:
                 f"PowerSGD: expected {sum(sizes)} gradients of {entries[0].name} and its neighbours, got "
                 f"{reduced.numel()}; every parameter has to take part in each backward"
             )
-        if not self.queued:  # runs behind FSDP's own, which was queued when backward began
+        task = torch._C._current_graph_task_id()
+        if task != self.task:  # a new backward pass; one that raised has not come to its end
+            self.task, self.taken = task, []
+            self.state.reset()
+            # behind FSDP's own callback, which was queued when backward began
             torch.autograd.Variable._execution_engine.queue_callback(self.finish)
-            self.queued = True
         shards = []
         for part, entry in zip(reduced.split(sizes), entries):
             shape = entry.parameter.to_local().shape
@@ -91,7 +94,7 @@ class _ShardedBackward:
         self.state.start(list(zip(entries, shards)))
 
     def finish(self) -> None:
-        taken, self.taken, self.queued = self.taken, [], False
+        taken, self.taken, self.task = self.taken, [], -1
         targets = {}
         for entries, shards in taken:
             for entry, shard in zip(entries, shards):

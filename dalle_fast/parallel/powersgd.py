@@ -18,93 +18,32 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..ops import minifloat_decode, orthonormalize, powersgd_project, powersgd_reconstruct
-from .matrices import KEEP, SPLIT, Entry, Matrix, clean_name, local_part, make_entry, sharded_like
+from .blocks import Block, Plain, Verdict
+from .matrices import KEEP, SPLIT, Entry, Sizes, clean_name, local_part, make_entry, sharded_like
 from .wire import Traffic, all_reduce_codes, averaging, flatten_codes
 
 _LARGE = 1 << 16  # uncompressed gradients of so many numbers leave with their block, smaller ones together at the end
 
 
-def compression_rate(width: int, rank: int, num_shards: int = 8) -> float:
-    """Share of the gradient that is not sent for a transformer layer: 1 - rank (m + 2) / (2 width m) (appendix E).
-
-    Counted in numbers, for four matrices width x width and two of 4 width x width, each split into m = `num_shards`
-    parts with factors of rank / m.
-
-    Example:
-        >>> f"{compression_rate(3968, 896):.2f}"
-        '0.86'
-    """
-    return 1.0 - rank * (num_shards + 2) / (2 * width * num_shards)
-
-
-class Sizes(NamedTuple):
-    """Numbers held on this rank."""
-
-    compressed: int
-    """In gradients that are compressed."""
-    factors: int
-    """In the factors that stand for them."""
-    uncompressed: int
-    """In gradients that travel as float32."""
-
-
-@dataclass
-class _Block:
-    """Gradients that became ready together."""
-
-    gradients: list[tuple[Entry, torch.Tensor]]  # of the parameters' local shapes; written in the end
-    when_done: Callable[[], None] | None
-    matrices: list[Matrix] = field(default_factory=list)
-    plain: list[_Plain] = field(default_factory=list)
-    bases: list[torch.Tensor] = field(default_factory=list)  # P, orthonormal
-    factors: list[torch.Tensor] = field(default_factory=list)  # R = E^T P, averaged
-    norm: torch.Tensor | None = None  # of all R
-    failed: torch.Tensor | None = None  # [matrices, 4]: 1 where gradient, E, P, R is not finite here
-    verdicts: list[_Verdict] = field(default_factory=list)  # one a matrix
-
-
-class _Verdict(NamedTuple):
-    """In how many ranks a part of a matrix's step was not finite, and whether E was so here."""
-
-    grad: float
-    error: float
-    p: float
-    r: float
-    error_here: float
-
-
-@dataclass
-class _Plain:
-    """Uncompressed gradients on their way, float32 in one dimension."""
-
-    gradients: list[tuple[Entry, torch.Tensor]]
-    flat: torch.Tensor
-    work: dist.Work | None
-
-    def parts(self) -> list[torch.Tensor]:
-        return list(self.flat.split([grad.numel() for _, grad in self.gradients]))
-
-
 class PowerSGD:
     """Compresses the gradients of a model that is trained on several machines.
 
-    Embeddings, heads, gains and biases travel as float32; all other weights as factors in the 1-6-9 format, each with an
-    error buffer in that format (2 bytes a parameter, no other gradient buffer). After `backward` the gradients of all
-    ranks are the same, clipped, and `grad_norm` has their norm before that. If it is not finite, skip the update: the
-    gradients hold NaN then.
+    Embeddings, heads, gains and biases travel as float32; all other weights as factors in the 1-6-9 format, each with
+    an error buffer in that format (2 bytes a parameter, no other gradient buffer). After `backward` the gradients of
+    all ranks are the same, clipped, and `grad_norm` has their norm before that. If it is not finite, skip the update:
+    the gradients hold NaN then.
 
     Args:
         module: the model, before or after DDP or `fully_shard` wrapped it (for `fully_shard`: after).
         rank: of the factors, in total: each of m shards has rank / m.
-        group: ranks that hold the same parameters; all ranks if None.
+        group: ranks that hold the same parameters; None: those of `module` if it is DDP, else all.
         shard_group: ranks that hold the other shards of them, within a machine.
         clip_norm: largest global norm of the gradients; None: no limit.
         seed: of the fixed Gaussian factors.
@@ -122,6 +61,7 @@ class PowerSGD:
 
     Example:
         >>> import torch.distributed as dist
+        >>> from dalle_fast.parallel import PowerSGD, powersgd_hook
         >>> from torch.nn.parallel import DistributedDataParallel
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
@@ -169,7 +109,7 @@ class PowerSGD:
         num_shards = shard_group.size() if shard_group is not None else 1
         if rank < 1 or rank % num_shards:
             raise ValueError(f"rank: expected a positive multiple of the {num_shards} shards, got {rank}")
-        self.group = group if group is not None else dist.group.WORLD
+        self.group = group or getattr(module, "process_group", None) or dist.group.WORLD
         self.shard_group = shard_group
         self.clip_norm, self.seed, self.eps = clip_norm, seed, eps
         self.grad_scale = grad_scale
@@ -193,7 +133,7 @@ class PowerSGD:
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         """Where factors are computed and sent, beside the stream of backward; None on CPU."""
         self._entry_of = {id(entry.parameter): entry for entry in self._entries}
-        self._blocks: list[_Block] = []
+        self._blocks: list[Block] = []
         self._running: list[Generator[None, None, None]] = []
 
     @property
@@ -229,7 +169,7 @@ class PowerSGD:
         The work is queued on `stream`, after what is queued on the current one; `finish` calls `when_done`.
         """
         with self._on_stream():
-            block = _Block(gradients, when_done)
+            block = Block(gradients, when_done)
             older = list(self._running)
             self._blocks.append(block)
             self._running.append(self._compress(block))
@@ -256,7 +196,7 @@ class PowerSGD:
     def _inverse_scale(self, entry: Entry) -> float:
         return 1.0 / self.grad_scale(entry.name) if self.grad_scale is not None else 1.0
 
-    def _compress(self, block: _Block) -> Generator[None, None, None]:
+    def _compress(self, block: Block) -> Generator[None, None, None]:
         """Steps of a block until its factors are everywhere; stops while a collective is under way."""
         large = [(e, g) for e, g in block.gradients if not e.matrices and g.numel() >= _LARGE]
         if large:
@@ -284,9 +224,7 @@ class PowerSGD:
         block.bases = orthonormalize(block.bases, eps, backend=self.backend)
         factors = []
         for i, matrix in enumerate(block.matrices):
-            product = powersgd_project(
-                matrix.error.mT, block.bases[i], scale=self.q_constant, backend=self.backend
-            )
+            product = powersgd_project(matrix.error.mT, block.bases[i], scale=self.q_constant, backend=self.backend)
             factors.append(product.code)
             status[i] = torch.cat((status[i], product.status[2:]))
         block.failed = 1.0 - torch.stack(status)
@@ -299,7 +237,7 @@ class PowerSGD:
         parts = flat.split([code.numel() for code in codes])
         return [part.view(code.shape) for part, code in zip(parts, codes)]
 
-    def _send_plain(self, gradients: list[tuple[Entry, torch.Tensor]], *extra: torch.Tensor) -> _Plain:
+    def _send_plain(self, gradients: list[tuple[Entry, torch.Tensor]], *extra: torch.Tensor) -> Plain:
         """Starts the sum of gradients, and of `extra` numbers behind them, as float32."""
         pieces = [grad.reshape(-1).float() * self._inverse_scale(entry) for entry, grad in gradients]
         flat = torch.cat([*pieces, *extra])
@@ -307,7 +245,7 @@ class PowerSGD:
         if ranks > 1 and flat.numel():
             work = dist.all_reduce(flat, group=self.group, async_op=True)
             self.traffic.add(2 * (ranks - 1) * 4 * flat.numel() // ranks)
-        return _Plain(gradients, flat, work)
+        return Plain(gradients, flat, work)
 
     # ---- the end of backward
 
@@ -343,12 +281,12 @@ class PowerSGD:
             if block.when_done is not None:
                 block.when_done()
 
-    def _send_grouped(self) -> _Plain:
+    def _send_grouped(self) -> Plain:
         """One sum of all small gradients; the flags of all matrices ride along."""
         small = [(e, g) for block in self._blocks for e, g in block.gradients if not e.matrices and g.numel() < _LARGE]
         return self._send_plain(small, *(block.failed.flatten() for block in self._blocks))
 
-    def _judge(self, blocks: list[_Block], plain: list[_Plain]) -> None:
+    def _judge(self, blocks: list[Block], plain: list[Plain]) -> None:
         """Sets `grad_norm`, `nonfinite` and the verdicts on all matrices from what all ranks have said."""
         grouped = plain[-1]
         num_small = sum(grad.numel() for _, grad in grouped.gradients)
@@ -372,7 +310,7 @@ class PowerSGD:
         for block in blocks:
             for entry, _ in block.gradients:
                 for _ in entry.matrices:
-                    verdict = _Verdict(*numbers[4 * place : 4 * place + 4], numbers[4 * count + place])
+                    verdict = Verdict(*numbers[4 * place : 4 * place + 4], numbers[4 * count + place])
                     block.verdicts.append(verdict)
                     failures[entry.name] += sum(verdict[:4])
                     place += 1
@@ -391,14 +329,14 @@ class PowerSGD:
             return math.nan
         return min(1.0, self.clip_norm / (self.grad_norm + 1e-6)) if self.clip_norm is not None else 1.0
 
-    def _write_plain(self, sent: _Plain, targets: Mapping[str, torch.Tensor]) -> None:
+    def _write_plain(self, sent: Plain, targets: Mapping[str, torch.Tensor]) -> None:
         clip = self._clip()
         if clip != 1.0:
             sent.flat.mul_(clip)
         for (entry, grad), part in zip(sent.gradients, sent.parts()):
             targets.get(entry.name, grad).copy_(part.view(grad.shape))
 
-    def _write_block(self, block: _Block, targets: Mapping[str, torch.Tensor]) -> None:
+    def _write_block(self, block: Block, targets: Mapping[str, torch.Tensor]) -> None:
         """Decompresses a block's gradients; E keeps what is left of it, or all where a factor was not finite."""
         factors = zip(block.matrices, block.bases, block.factors, block.verdicts)
         for entry, grad in block.gradients:

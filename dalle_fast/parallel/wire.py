@@ -60,7 +60,8 @@ def all_reduce_codes(
 
     Args:
         group: the ranks; all call with buffers of the same sizes.
-        buffers: uint16 tensors, changed in place. Infinities become the largest number with their sign, NaN stays.
+        buffers: uint16 tensors, changed in place: infinities become the largest number with their sign, NaN stays.
+            With one rank nothing changes.
         mode: "gather" sends all codes to all ranks: (n - 1) x 2 bytes a code, one collective. "scatter" sends each
             rank its share, averages there and gathers the averages: 2 (n - 1) / n x 2 bytes, as an optimal all-reduce.
             "auto" takes the former for two ranks or few codes.
