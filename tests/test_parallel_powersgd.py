@@ -212,6 +212,41 @@ def rank_feedback(group):
     return got
 
 
+def rank_channels_last(group):
+    """A gradient whose rows are not contiguous."""
+    model = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
+    ddp = DistributedDataParallel(model, process_group=group)
+    powersgd = PowerSGD(ddp, rank=16)
+    ddp.register_comm_hook(powersgd, powersgd_hook)
+    pictures = randn(dist.get_rank(group), 2, 8, 6, 6)
+    ddp(pictures).square().mean().backward()
+    assert not model.weight.grad.is_contiguous()
+    mean = torch.autograd.grad(model(pictures).square().mean(), model.weight)[0].contiguous()
+    dist.all_reduce(mean, group=group)
+    assert (model.weight.grad - mean / group.size()).norm() < 4 * UNIT * mean.norm()
+
+
+def test_gradients_in_channels_last(ranks):
+    ranks.run(rank_channels_last, world=2)
+
+
+def rank_order(group):
+    """A block's P leaves before older blocks are waited for; nothing waits in the first."""
+    _, parameters, powersgd = given(group, (24, 40), (30, 40), (20, 40), rank=4, mode="gather")
+    entries = [powersgd.entry(p) for p in parameters]
+    sent = []
+    for entry in entries:
+        powersgd.start([(entry, torch.ones(entry.error.shape))])
+        sent.append(powersgd.traffic.collectives)
+    powersgd.finish()
+    assert sent == [1, 3, 5]  # P1; P2, R1; P3, R2 while R1 ends
+    assert powersgd.traffic.collectives == 7  # R3, and the flags
+
+
+def test_factors_travel_while_later_blocks_come(ranks):
+    ranks.run(rank_order, world=2)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_what_is_not_applied_stays_in_the_error_buffers(ranks, world):
     assert_same(ranks.run(rank_feedback, world=world))
