@@ -2,8 +2,8 @@
 """Training across a slow link: plain DDP, fp16, torch's PowerSGD and ours.   sudo python -m benchmarks.wire
 
 Two network namespaces are two machines with a link of their own, whose rate is limited by tc; one process each, gloo.
-Reports seconds a step and bytes a step, counted by us and by the interface. Needs root and iproute2 (Debian:
-apt-get install iproute2) and leaves nothing behind. `--compute` measures the hooks alone, in one process, without root.
+Reports a step's seconds, of the processor too, and its bytes, by the interface and by our own count. Needs root and
+iproute2 (Debian: apt-get install iproute2); leaves nothing behind. `--compute` measures the hooks alone, without root.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def hook_up(ddp: DistributedDataParallel, method: str, rank: int, warm_start: bo
 # ---- one rank
 
 
-def training(method: str, args: argparse.Namespace) -> Callable[[int], dict]:
-    """run(steps) of one method: seconds of each step and bytes sent a step, as far as we count them."""
+def training(method: str, args: argparse.Namespace) -> Callable[[], dict]:
+    """run() of one method: seconds of a step, of the processor too, and bytes sent as far as we count them."""
     torch.manual_seed(0)
     ddp = DistributedDataParallel(Demo(args.width, args.layers), bucket_cap_mb=bucket_cap_mb(method))
     powersgd = hook_up(ddp, method, args.rank)
@@ -112,19 +112,18 @@ def training(method: str, args: argparse.Namespace) -> Callable[[int], dict]:
     text = torch.randint(1024, (args.batch, 12), generator=draw)
     image = torch.randint(256, (args.batch, 64), generator=draw)
 
-    def run(steps: int) -> dict:
-        before, times = powersgd.traffic.bytes_sent if powersgd else 0, []
-        for _ in range(steps):
-            dist.barrier()
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            ddp(text, image).backward()
-            optimizer.step()
-            times.append(time.perf_counter() - start)
-        sent = (powersgd.traffic.bytes_sent - before) / steps if powersgd else None
-        return {"seconds": times, "counted": sent}
+    def run() -> dict:
+        before = powersgd.traffic.bytes_sent if powersgd else 0
+        dist.barrier()
+        start, used = time.perf_counter(), time.process_time()
+        optimizer.zero_grad()
+        ddp(text, image).backward()
+        optimizer.step()
+        sent = powersgd.traffic.bytes_sent - before if powersgd else None
+        return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - used, "counted": sent}
 
-    run(3)  # torch's hook begins to compress in the third; DDP rebuilds its buckets after the first
+    for _ in range(3):  # torch's hook begins to compress in the third; DDP rebuilds its buckets after the first
+        run()
     return run
 
 
@@ -138,8 +137,7 @@ def worker(args: argparse.Namespace) -> None:
     numbers = sum(p.numel() for p in Demo(args.width, args.layers).parameters())
     print(json.dumps({"parameters": numbers}), flush=True)
     for line in sys.stdin:
-        order = json.loads(line)
-        print(json.dumps(runs[order["method"]](order["steps"])), flush=True)
+        print(json.dumps(runs[json.loads(line)]()), flush=True)
     dist.destroy_process_group()
 
 
@@ -234,7 +232,9 @@ def measure(args: argparse.Namespace) -> list[dict]:
     with machines(args) as (link, processes):
         numbers, _ = (answer(process)["parameters"] for process in processes)
         print(f"{numbers / 1e6:.1f} million parameters, rank {args.rank}, batch {args.batch} a machine")
-        print(f"\n{'link':>10}  {'':22}{'s a step':>9}{'ratio':>7} {'MB sent':>9} {'counted':>9}   (best step)")
+        print(
+            f"\n{'link':>10}  {'':22}{'s a step':>9}{'ratio':>7}{'cpu s':>7}{'MB sent':>9}{'counted':>9}   (best step)"
+        )
         for mbit in args.rates:
             link.limit(mbit)
             steps = {method: [] for method in METHODS}
@@ -245,35 +245,40 @@ def measure(args: argparse.Namespace) -> list[dict]:
             rows += [summary(mbit, method, done) for method, done in steps.items()]
             plain = rows[-len(METHODS)]["best"]
             for row in rows[-len(METHODS) :]:
-                counted = f"{row['counted_bytes'] / 1e6:9.3f}" if row["counted_bytes"] is not None else ""
+                counted = f"{row['counted_bytes'] / 1e6:9.2f}" if row["counted_bytes"] is not None else ""
                 print(
                     f"{mbit:5d} Mbit  {row['method']:22}{row['best']:9.3f}{plain / row['best']:6.1f}x"
-                    f" {row['interface_bytes'] / 1e6:9.3f} {counted}",
+                    f"{row['cpu']:7.2f}{row['interface_bytes'] / 1e6:9.2f}{counted}",
                     flush=True,
                 )
     return rows
 
 
-def one_step(method: str, link: Link, processes: list[subprocess.Popen]) -> tuple[float, int, float | None]:
-    """Seconds of the slower machine, bytes by the interface, bytes by our own count."""
+def one_step(method: str, link: Link, processes: list[subprocess.Popen]) -> dict:
+    """Seconds of the slower machine, of a processor, bytes by the interface and by our own count."""
     before = link.bytes_sent()
     for process in processes:
-        process.stdin.write(json.dumps({"method": method, "steps": 1}) + "\n")
+        process.stdin.write(json.dumps(method) + "\n")
         process.stdin.flush()
     answers = [answer(process) for process in processes]
-    return max(a["seconds"][0] for a in answers), link.bytes_sent() - before, answers[0]["counted"]
+    return {
+        "seconds": max(a["seconds"] for a in answers),
+        "cpu": sum(a["cpu"] for a in answers) / len(answers),
+        "interface": link.bytes_sent() - before,
+        "counted": answers[0]["counted"],
+    }
 
 
-def summary(mbit: int, method: str, steps: list[tuple[float, int, float | None]]) -> dict:
-    seconds, sent, counted = zip(*steps)
+def summary(mbit: int, method: str, steps: list[dict]) -> dict:
     return {
         "mbit": mbit,
         "method": method,
-        "best": min(seconds),
-        "median": statistics.median(seconds),
+        "best": min(step["seconds"] for step in steps),
+        "median": statistics.median(step["seconds"] for step in steps),
+        "cpu": min(step["cpu"] for step in steps),
         "steps": len(steps),
-        "interface_bytes": statistics.median(sent),
-        "counted_bytes": counted[0],
+        "interface_bytes": statistics.median(step["interface"] for step in steps),
+        "counted_bytes": steps[0]["counted"],
     }
 
 
@@ -341,6 +346,7 @@ def main() -> None:
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
         "settings": {name: getattr(args, name) for name in ("width", "layers", "batch", "rank")},
         "steps": [] if args.compute else measure(args),
         "hooks_alone": compute(args),
