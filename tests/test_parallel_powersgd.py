@@ -6,6 +6,7 @@ Functions named `rank_*` run in the ranks of a gloo group (`tests/ranks.py`) and
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import math
@@ -273,6 +274,23 @@ def rank_alone(group):
 
 def test_one_rank_is_the_identity_up_to_the_rank(ranks):
     ranks.run(rank_alone, world=1)
+
+
+def rank_tiny(group):
+    """A matrix of zeros, and one of the smallest numbers, whose basis a smaller eps lets be."""
+    for eps in (1e-6, 1e-20):
+        backward, parameters, powersgd = given(group, (24, 40), (40, 24), rank=4, eps=eps)
+        zeros, tiny = torch.zeros(24, 40), torch.full((40, 24), 1e-12)
+        got = backward([zeros, tiny])
+        assert torch.equal(got[0], zeros)
+        left = (got[1] + buffers(powersgd, parameters)[1] - tiny).norm()
+        assert left <= 4 * UNIT * tiny.norm()
+        assert eps == 1e-6 or (got[1] - tiny).norm() < 4 * UNIT * tiny.norm()
+        assert powersgd.finite
+
+
+def test_gradients_of_nothing_and_next_to_nothing(ranks):
+    ranks.run(rank_tiny, world=2)
 
 
 def rank_constants(group):
@@ -822,6 +840,46 @@ def rank_refuses(group):
 
 def test_errors_name_what_is_wrong(ranks):
     ranks.run(rank_refuses, world=2)
+
+
+def rank_streams(group, device: str):
+    """One rank, through DDP and through FSDP: on a GPU the factors are made on a stream of their own."""
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh(device, (1, 1), mesh_dim_names=("machine", "shard"))
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)), nn.Linear(256, 3)).to(device)
+            plain = copy.deepcopy(model)
+            if sharded:
+                shard_blocks(model, model[:6], mesh["shard"])
+                powersgd = PowerSGD(model, rank=256, group=mesh.get_group("machine"))
+                attach_powersgd(model, powersgd)
+            else:
+                ddp = DistributedDataParallel(model, bucket_cap_mb=0.3)
+                powersgd = PowerSGD(ddp, rank=256)
+                ddp.register_comm_hook(powersgd, powersgd_hook)
+            assert (powersgd.stream is not None) == (device == "cuda")
+            for step in range(6):
+                x = randn(step, 512, 256).to(device)
+                for each in (model if sharded else ddp, plain):
+                    each.zero_grad()
+                    each(x).square().mean().backward()
+                for p, want in zip(model.parameters(), plain.parameters()):
+                    got = p.grad.full_tensor() if sharded else p.grad
+                    assert (got - want.grad).norm() < 4 * UNIT * want.grad.norm()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_streams(device):
+    pool = Ranks(1, initialize=False)
+    try:
+        pool.run(rank_streams, device, world=1)
+    finally:
+        pool.close()
 
 
 def rank_doctest(group, name: str):

@@ -50,7 +50,8 @@ class PowerSGD:
         grad_scale: the scale that the gradient of a named parameter carries; gradients are divided by it first.
         grad_constant, p_constant, q_constant: gradients in E, P and R are kept times these, to fit a format that ends
             at 16 (powers of two: they change no result unless something over- or underflows).
-        eps: times the identity is added to P, in units of the gradient.
+        eps: times the identity is added to P, in units of the gradient. A matrix whose gradients are far smaller is
+            heard late: when enough of them has come together in E.
         keep: patterns (fnmatch) of parameter names that are not compressed.
         split: patterns of parameters that are several matrices one below the other, and how many.
         mode: how codes are averaged: "auto", "gather" or "scatter" (`all_reduce_codes`).
