@@ -6,6 +6,7 @@ from __future__ import annotations
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -60,7 +61,13 @@ def _serve(pipe, rank: int, size: int, folder: str, initialize: bool) -> None:
     torch.set_num_threads(1)
     groups = dict.fromkeys(range(1, size + 1))
     if initialize:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=120),  # a rank that failed is not waited for longer
+        )
         groups = {n: dist.new_group(list(range(n))) for n in groups}
     while True:
         try:
