@@ -406,12 +406,12 @@ def rank_broken_backward(group):
     backward, parameters, powersgd = given(group, (24, 40), (30, 40), rank=30, bucket_cap_mb=0.001)
     backward([randn(0, 24, 40), randn(1, 30, 40)])
     powersgd.start([(powersgd.entry(parameters[0]), torch.zeros(24, 40))])
-    powersgd.reset()
     for p in parameters:
         powersgd.entry(p).error.zero_()
     got = backward([randn(2, 24, 40), randn(3, 30, 40)])
-    for grad, want in zip(got, (randn(2, 24, 40), randn(3, 30, 40))):
+    for grad, error, want in zip(got, buffers(powersgd, parameters), (randn(2, 24, 40), randn(3, 30, 40))):
         assert (grad - want).norm() < 4 * UNIT * want.norm()
+        assert error.norm() < 4 * UNIT * want.norm()  # nothing was taken out for the block that broke off
 
 
 def test_a_backward_pass_that_broke_off_is_forgotten(ranks):
