@@ -405,7 +405,7 @@ def rank_broken_backward(group):
     """A backward pass that ended early leaves nothing behind for the next."""
     backward, parameters, powersgd = given(group, (24, 40), (30, 40), rank=30, bucket_cap_mb=0.001)
     backward([randn(0, 24, 40), randn(1, 30, 40)])
-    powersgd.start([(powersgd.entry(parameters[0]), torch.zeros(24, 40))])
+    powersgd.start([(powersgd.entry(p), torch.zeros(p.shape)) for p in parameters])
     for p in parameters:
         powersgd.entry(p).error.zero_()
     got = backward([randn(2, 24, 40), randn(3, 30, 40)])
