@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 
 import pytest
@@ -12,6 +13,20 @@ import torch
 from dalle_fast.ops import minifloat_decode
 from dalle_fast.ops.adamw16 import adamw16
 from dalle_fast.optim import AdamW16, PlateauHalving, cosine, warmup_linear
+
+try:
+    from dalle_fast import _C_simt
+except ImportError:
+    _C_simt = None
+needs_executor = pytest.mark.skipif(_C_simt is None, reason="no host executor")
+
+
+@pytest.fixture(params=["cpu", pytest.param("executor", marks=needs_executor), "reference"])
+def backend(request, monkeypatch):
+    """The CPU kernels, the CUDA ones on the host executor, the plain twin."""
+    if request.param == "executor":
+        monkeypatch.setattr(importlib.import_module("dalle_fast.ops.adamw16.op"), "_C", _C_simt)
+    return "reference" if request.param == "reference" else "cpu"
 
 
 def quadratic(optimizer_of, steps=200, seed=0):
@@ -117,6 +132,141 @@ def test_a_checkpoint_without_a_backend_resumes_on_the_one_constructed():
     assert resumed.param_groups[0]["lr"] == 1e-2
     resumed.step()
     assert int(resumed.state[p]["step"]) == 2
+
+
+def twins(backend, **options):
+    """Two optimizers of equal parameters, one capturable; shapes with vectors, tails, and rows that are not aligned."""
+    torch.manual_seed(2)
+    start = [torch.randn(40, 9), torch.randn(3), torch.randn(()), torch.randn(1031)[1:], torch.randn(8, 6).t()]
+    result = []
+    for capturable in (False, True):
+        params = [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in start]
+        result.append((params, AdamW16(params, capturable=capturable, backend=backend, **options)))
+    return result
+
+
+def give_gradients(k, *lists, scale=1.0):
+    """The same to all lists; the second parameter has none at every third step."""
+    torch.manual_seed(k)
+    for i, group in enumerate(zip(*lists, strict=True)):
+        g = torch.randn(group[0].shape) * 1e-2 * scale
+        for p in group:
+            p.grad = None if i == 1 and k % 3 == 1 else g.clone()
+
+
+def assert_equal_state(first, second):
+    for p, q in zip(*(o.param_groups[0]["params"] for o in (first, second)), strict=True):
+        assert torch.equal(p, q)
+        for name, value in first.state[p].items():
+            assert torch.equal(value, second.state[q][name]), name
+
+
+def test_capturable_is_the_same_bit_for_bit(backend):
+    (a, plain), (b, capturable) = twins(backend, lr=3e-3, ema_decay=0.9)
+    for k in range(7):
+        give_gradients(k, a, b, scale=512.0)
+        plain.step(grad_scale=512.0)
+        capturable.step(grad_scale=torch.tensor(512.0))
+    if backend == "cpu":
+        assert_equal_state(plain, capturable)
+    else:  # torch rounds float tensors times numbers another way than times tensors
+        for p, q in zip(a, b, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert [int(capturable.state[p]["step"]) for p in b] == [7, 5, 7, 7, 7]
+
+
+def test_the_step_size_can_be_changed_in_its_tensor(backend):
+    (a, plain), (b, capturable) = twins(backend, lr=1e-2)
+    lr = capturable.param_groups[0]["lr"]
+    scheduler = torch.optim.lr_scheduler.StepLR(capturable, 1, gamma=0.5)
+    for k in range(4):
+        give_gradients(k, a, b)
+        plain.param_groups[0]["lr"] = 1e-2 / (k + 1)
+        lr.fill_(1e-2 / (k + 1))
+        plain.step()
+        capturable.step()
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    scheduler.step()
+    assert capturable.param_groups[0]["lr"] is lr
+    assert float(lr) == 1e-2 / 8
+
+
+def test_found_inf_skips_everything(backend):
+    (a, plain), (b, capturable) = twins(backend, ema_decay=0.9)
+    for params, optimizer in ((a, plain), (b, capturable)):
+        give_gradients(0, params)
+        optimizer.step(found_inf=torch.tensor(0.0))
+        before = copy.deepcopy(optimizer)
+        give_gradients(3, params, scale=torch.inf)
+        optimizer.step(found_inf=torch.tensor(1.0))
+        assert_equal_state(before, optimizer)
+        give_gradients(3, params)
+        optimizer.step(found_inf=torch.tensor(0.0))
+        assert int(optimizer.state[params[0]]["step"]) == 2
+        assert not torch.equal(before.param_groups[0]["params"][0], params[0])
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_grad_scaler_leaves_unscaling_and_skipping_to_the_step(capturable, backend):
+    (a, optimizer) = twins(backend)[capturable]
+    (b, plain), _ = twins(backend)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for k in range(6):
+        give_gradients(k, b)
+        give_gradients(k, a, scale=torch.inf if k == 2 else float(scaler.scale(torch.ones(()))))
+        if k == 4:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        if k != 2:
+            plain.step()
+    assert scaler.get_scale() == 128.0
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_checkpoints_fit_capturable_and_not(capturable):
+    first, second = twins("auto", lr=5e-3, ema_decay=0.9)
+    (a, source), (b, target) = (first, second) if capturable else (second, first)
+    for k in range(3):
+        give_gradients(k, a)
+        source.step()
+    saved = copy.deepcopy(source.state_dict())
+    for group in saved["param_groups"]:
+        del group["capturable"]  # as older ones
+    with torch.no_grad():
+        for p, q in zip(a, b, strict=True):
+            q.copy_(p)
+    lr = target.param_groups[0]["lr"]
+    target.load_state_dict(saved)
+    assert target.param_groups[0]["capturable"] is capturable
+    assert isinstance(target.param_groups[0]["lr"], torch.Tensor) is capturable
+    assert not capturable or target.param_groups[0]["lr"] is lr
+    for k in range(3, 5):
+        give_gradients(k, a, b)
+        source.step()
+        target.step()
+    assert_equal_state(source, target)
+
+
+def test_tensors_that_a_capturable_update_cannot_take_are_named():
+    p, g = torch.zeros(3), torch.zeros(3)
+    code = torch.zeros(3, dtype=torch.uint16)
+    lists = ([p], [g], [code], [code.clone()])
+    step = [torch.tensor(0)]
+    with pytest.raises(TypeError, match="lr: expected no tensor"):
+        adamw16(*lists, step=1, lr=torch.tensor(0.1))
+    with pytest.raises(ValueError, match="step: expected 1 tensors"):
+        adamw16(*lists, step=[], lr=0.1)
+    with pytest.raises(TypeError, match="steps: expected dtype int64"):
+        adamw16(*lists, step=[torch.tensor(0.0)], lr=0.1)
+    with pytest.raises(ValueError, match=r"found_inf: expected one element, got shape \[2\]"):
+        adamw16(*lists, step=step, lr=0.1, found_inf=torch.zeros(2))
+    with pytest.raises(TypeError, match="grad_scale: expected dtype float32"):
+        adamw16(*lists, step=step, lr=0.1, grad_scale=torch.tensor(2))
+    assert int(step[0]) == 0
 
 
 def test_strided_parameters_and_bfloat16_gradients():

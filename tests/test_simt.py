@@ -116,7 +116,7 @@ def test_any_strides_give_the_same(room, variant, executor):
 SPARE_BARRIERS: dict[tuple[str, str], str] = {}
 
 
-COPIES = {"decode_attention", "sparse_attention"}  # rooms with asynchronous copies
+COPIES = {"decode_attention", "powersgd", "sparse_attention"}  # rooms with asynchronous copies
 
 
 def results(room, arguments):

@@ -31,15 +31,39 @@ TensorRef read(const Tensors& list, std::size_t i, const char* name, const Tenso
   }
 }
 
+// One number in memory.
+template <typename T>
+T* read_number(const TensorArg& arg, const char* name, std::initializer_list<DType> dtypes, const Device& device,
+               bool* is_double = nullptr) {
+  if (arg.is_none()) return nullptr;
+  const TensorRef t = arg.as(name);
+  require_dtype(t, name, dtypes);
+  if (t.numel() != 1)
+    throw std::invalid_argument(std::string(name) + ": expected one element, got shape " + to_string(t.shape, t.rank));
+  if (!(t.device == device)) throw std::invalid_argument(std::string(name) + ": expected the device of the parameters");
+  if (is_double) *is_double = t.dtype == DType::kFloat64;
+  return t.as<T>();
+}
+
+adamw16::Scalars* read_scalars(const TensorArg& arg, int64_t count, const Device& device) {
+  const TensorRef t = arg.as("scalars");
+  require_dtype(t, "scalars", {DType::kFloat32});
+  require_shape(t, "scalars", {count, 4});
+  require_contiguous(t, "scalars");
+  require(t.device == device, "scalars: expected the device of the parameters");
+  return t.as<adamw16::Scalars>();
+}
+
 }  // namespace
 
 void bind_adamw16(pybind11::module_& m) {
   // Updates what lies in memory in the same order; returns the indices of the parameters that it left alone because
-  // their tensors do not.
+  // their tensors do not. `scalars` (of adamw16_advance) or None: `step`, `lr` and `grad_scale` rule.
   m.def("adamw16_step", [](const Tensors& param_args, const Tensors& mean_args, const Tensors& variance_args,
-                           const Tensors& ema_args, const Tensors& grad_args, double inverse_grad_scale, double beta1,
-                           double beta2, double decay, double step_size, double inverse_root_correction, double eps,
-                           double variance_clip, double ema_weight, std::uintptr_t stream) {
+                           const Tensors& ema_args, const Tensors& grad_args, const TensorArg& scalars_arg,
+                           const TensorArg& found_inf_arg, int64_t step, double lr, double grad_scale, double beta1,
+                           double beta2, double eps, double weight_decay, double variance_clip, double ema_weight,
+                           std::uintptr_t stream) {
     const std::size_t n = param_args.size();
     for (const Tensors* list : {&mean_args, &variance_args, &grad_args})
       require(list->size() == n, "means, variances, grads: expected one tensor for each parameter");
@@ -49,16 +73,24 @@ void bind_adamw16(pybind11::module_& m) {
     std::vector<int64_t> left;
     segments.reserve(n);
     chunks.reserve(n);
+    const adamw16::Scalars* scalars = nullptr;
     Device device;
     for (std::size_t i = 0; i < n; ++i) {
       const TensorRef param = read(param_args, i, "params", nullptr, {DType::kFloat32});
       if (i == 0) device = param.device;
       if (!(param.device == device)) throw std::invalid_argument("params: expected all on one device");
+      if (i == 0 && !scalars_arg.is_none()) scalars = read_scalars(scalars_arg, static_cast<int64_t>(n), device);
       const TensorRef grad = read(grad_args, i, "grads", &param, {DType::kFloat32, DType::kBFloat16, DType::kFloat64});
       const TensorRef mean = read(mean_args, i, "means", &param, {DType::kUInt16});
       const TensorRef variance = read(variance_args, i, "variances", &param, {DType::kUInt16});
-      adamw16::Segment segment{param.as<float>(), grad.data,     mean.as<uint16_t>(),           variance.as<uint16_t>(),
-                               nullptr,           param.numel(), grad.dtype == DType::kBFloat16};
+      adamw16::Segment segment{};
+      segment.param = param.as<float>();
+      segment.grad = grad.data;
+      segment.mean = mean.as<uint16_t>();
+      segment.variance = variance.as<uint16_t>();
+      segment.scalars = scalars ? scalars + i : nullptr;
+      segment.count = param.numel();
+      segment.grad_is_bf16 = grad.dtype == DType::kBFloat16;
       bool together = param.is_dense() && grad.same_strides(param) && mean.same_strides(param) &&
                       variance.same_strides(param) && grad.dtype != DType::kFloat64;
       if (!ema_args.empty()) {
@@ -81,12 +113,10 @@ void bind_adamw16(pybind11::module_& m) {
     params.num_segments = static_cast<int64_t>(segments.size());
     params.chunks = chunks.data();
     params.num_chunks = static_cast<int64_t>(chunks.size());
-    params.inverse_grad_scale = static_cast<float>(inverse_grad_scale);
+    params.found_inf = read_number<const float>(found_inf_arg, "found_inf", {DType::kFloat32}, device);
+    if (!scalars) params.scalars = adamw16::scalars_at(step, {lr, beta1, beta2, weight_decay, grad_scale});
     params.beta1 = static_cast<float>(beta1);
     params.beta2 = static_cast<float>(beta2);
-    params.decay = static_cast<float>(decay);
-    params.step_size = static_cast<float>(step_size);
-    params.inverse_root_correction = static_cast<float>(inverse_root_correction);
     params.eps = static_cast<float>(eps);
     params.variance_clip = static_cast<float>(variance_clip);
     params.ema_weight = static_cast<float>(ema_weight);
@@ -96,6 +126,32 @@ void bind_adamw16(pybind11::module_& m) {
         device, [&] { adamw16::step_cpu(params); },
         DF_CUDA_LAUNCH(adamw16::step_cuda(params, reinterpret_cast<void*>(stream))));
     return left;
+  });
+
+  // Adds one to every step number and writes the scalars of the update with that number, unless `found_inf`.
+  m.def("adamw16_advance", [](const Tensors& step_args, const TensorArg& scalars_arg, const TensorArg& lr_arg,
+                              const TensorArg& grad_scale_arg, const TensorArg& found_inf_arg, double beta1,
+                              double beta2, double weight_decay, std::uintptr_t stream) {
+    const auto n = static_cast<int64_t>(step_args.size());
+    const Device device = scalars_arg.as("scalars").device;
+    std::vector<int64_t*> steps;
+    steps.reserve(step_args.size());
+    for (const TensorArg& arg : step_args) steps.push_back(read_number<int64_t>(arg, "steps", {DType::kInt64}, device));
+    adamw16::AdvanceParams params{};
+    params.steps = steps.data();
+    params.scalars = read_scalars(scalars_arg, n, device);
+    params.num_steps = n;
+    params.found_inf = read_number<const float>(found_inf_arg, "found_inf", {DType::kFloat32}, device);
+    params.lr = read_number<const void>(lr_arg, "lr", {DType::kFloat32, DType::kFloat64}, device, &params.lr_is_double);
+    params.grad_scale = read_number<const float>(grad_scale_arg, "grad_scale", {DType::kFloat32}, device);
+    params.beta1 = beta1;
+    params.beta2 = beta2;
+    params.weight_decay = weight_decay;
+    params.device = device;
+    (void)stream;
+    run_on(
+        device, [&] { adamw16::advance_cpu(params); },
+        DF_CUDA_LAUNCH(adamw16::advance_cuda(params, reinterpret_cast<void*>(stream))));
   });
 }
 

@@ -28,9 +28,9 @@ struct Update {
   float variance_clip, ema_weight;
 };
 
-DF_INLINE Update update_of(const Params& p) {
-  return {p.inverse_grad_scale,      p.beta1, 1.0f - p.beta1,  p.beta2,     1.0f - p.beta2, p.decay, p.step_size,
-          p.inverse_root_correction, p.eps,   p.variance_clip, p.ema_weight};
+DF_INLINE Update update_of(const Params& p, const Scalars& s) {
+  return {s.inverse_grad_scale,      p.beta1, 1.0f - p.beta1,  p.beta2,     1.0f - p.beta2, s.decay, s.step_size,
+          s.inverse_root_correction, p.eps,   p.variance_clip, p.ema_weight};
 }
 
 template <bool kEma, typename G>
@@ -84,7 +84,7 @@ void run_grad(const Update& u, const Segment& segment, int64_t begin, int64_t en
 }  // namespace
 
 void step(const Params& p) {
-  const Update u = update_of(p);
+  if (p.found_inf && *p.found_inf != 0.0f) return;
   int64_t count = 0;
   for (int64_t i = 0; i < p.num_chunks && count < kSerialBelow; ++i) count += p.chunks[i].end - p.chunks[i].begin;
   parallel_for(
@@ -92,10 +92,17 @@ void step(const Params& p) {
       [&](int64_t i) {
         const Chunk& chunk = p.chunks[i];
         const Segment& segment = p.segments[chunk.segment];
+        const Update u = update_of(p, segment.scalars ? *segment.scalars : p.scalars);
         segment.grad_is_bf16 ? run_grad<bf16>(u, segment, chunk.begin, chunk.end)
                              : run_grad<float>(u, segment, chunk.begin, chunk.end);
       },
       count >= kSerialBelow);
+}
+
+void advance(const AdvanceParams& p) {
+  if (p.found_inf && *p.found_inf != 0.0f) return;
+  const Rates rates = rates_of(p);
+  for (int64_t i = 0; i < p.num_steps; ++i) p.scalars[i] = scalars_at(++*p.steps[i], rates);
 }
 
 }  // namespace DF_CPU_NAMESPACE

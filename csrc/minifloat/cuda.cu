@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Four elements a thread and trip: 16 bytes of floats, 8 of codes. Floor: 6 bytes an element.
-#include "../core/device.cuh"
-#include "../scalar/minifloat.h"
+#include "../core/device_math.cuh"
 #include "minifloat.h"
 
 namespace dalle_fast::minifloat {
@@ -10,12 +9,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWidth = 4;
 
-struct alignas(16) Floats {
-  float at[kWidth];
-};
-struct alignas(8) Codes {
-  uint16_t at[kWidth];
-};
+using Floats = Four<float>;
+using Codes = Four<uint16_t>;
 
 template <bool kSigned, bool kEncode>
 __device__ __forceinline__ void convert(uint16_t& code, float& value) {

@@ -4,6 +4,7 @@
 // float32.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -33,39 +34,49 @@ DF_HD float bits_float(uint32_t u) {
 // 2^e for -126 <= e <= 127
 DF_HD float power_of_two(int e) { return bits_float(static_cast<uint32_t>(e + 127) << 23); }
 
+// |x| (0 for a negative x where there is no sign) rounded to the format; 2^(63 - bias), the first power of two beyond
+// it, stands for Inf and NaN. The sum of a number in [2^e, 2^(e+1)) and 2^(e + 23 - kBits) keeps kBits behind its
+// point.
+template <bool kSigned>
+DF_HD float minifloat_round(float x, int bias = kMinifloatBias) {
+  constexpr float kShift = static_cast<float>(1 << (23 - Minifloat<kSigned>::kBits));
+  const float a = kSigned ? fabsf(x) : x > 0.0f ? x : 0.0f;
+  const uint32_t exponent = float_bits(a) & 0x7f800000u, first_normal = static_cast<uint32_t>(128 - bias) << 23;
+  const float ruler = bits_float(exponent > first_normal ? exponent : first_normal) * kShift;
+  const float rounded = (a + ruler) - ruler, beyond = power_of_two(63 - bias);
+  return rounded < beyond ? rounded : beyond;
+}
+
+// The code, less its sign, of a result of minifloat_round: scaled, that has exponent and significand of the code in its
+// own, subnormals included.
+template <bool kSigned>
+DF_HD uint32_t minifloat_pack(float rounded, int bias = kMinifloatBias) {
+  return float_bits(rounded * power_of_two(bias - 127)) >> (23 - Minifloat<kSigned>::kBits);
+}
+
+// The number of a code; Inf and NaN give numbers of at least 2^(63 - bias).
+template <bool kSigned>
+DF_HD float minifloat_unpack(uint16_t h, int bias = kMinifloatBias) {
+  constexpr int kShift = 23 - Minifloat<kSigned>::kBits;
+  const auto extended = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(h)));  // its top bits: the sign
+  const uint32_t u = kSigned ? extended << kShift & 0x9fffffffu : static_cast<uint32_t>(h) << kShift;
+  return bits_float(u) * power_of_two(127 - bias);
+}
+
 template <bool kSigned>
 DF_HD uint16_t minifloat_encode(float x, int bias = kMinifloatBias) {
   constexpr int kBits = Minifloat<kSigned>::kBits;
-  constexpr int kShift = 23 - kBits;
-  constexpr uint32_t kInf = Minifloat<kSigned>::kInf;
-  const uint32_t u = float_bits(x);
-  const uint32_t a = u & 0x7fffffffu;
-  const uint32_t sign = kSigned ? u >> 31 << 15 : 0u;
-  if (a > 0x7f800000u)  // NaN: as much of the payload as fits, never empty
-    return static_cast<uint16_t>(sign | kInf | 1u << (kBits - 1) | (a & 0x7fffffu) >> kShift);
-  if (!kSigned && u >> 31) return 0;
-  uint32_t code;
-  if (static_cast<int>(a >> 23) - 127 + bias >= 1) {
-    const uint32_t rounded = (a + (1u << (kShift - 1)) - 1u + (a >> kShift & 1u)) >> kShift;
-    code = rounded - (static_cast<uint32_t>(127 - bias) << kBits);
-    if (code > kInf) code = kInf;
-  } else {  // counted in steps of the smallest subnormal; adding 2^23 rounds to nearest even
-    const float steps = bits_float(a) * power_of_two(kBits + bias - 1);
-    code = float_bits(steps + 8388608.0f) & 0x7fffffu;
-  }
+  const uint32_t u = float_bits(x), sign = kSigned ? u >> 16 & 0x8000u : 0u;
+  uint32_t code = minifloat_pack<kSigned>(minifloat_round<kSigned>(x, bias), bias);
+  // NaN: as much of the payload as fits, never empty
+  if (x != x) code = Minifloat<kSigned>::kInf | 1u << (kBits - 1) | (u & 0x7fffffu) >> (23 - kBits);
   return static_cast<uint16_t>(sign | code);
 }
 
 template <bool kSigned>
 DF_HD float minifloat_decode(uint16_t h, int bias = kMinifloatBias) {
-  constexpr int kBits = Minifloat<kSigned>::kBits;
-  const uint32_t code = kSigned ? h & 0x7fffu : h;
-  const uint32_t sign = kSigned ? static_cast<uint32_t>(h >> 15) << 31 : 0u;
-  const uint32_t exponent = code >> kBits, fraction = code & ((1u << kBits) - 1u);
-  if (exponent == 63u) return bits_float(sign | 0x7f800000u | fraction << (23 - kBits));
-  if (exponent == 0u)
-    return bits_float(sign | float_bits(static_cast<float>(fraction) * power_of_two(1 - bias - kBits)));
-  return bits_float(sign | (exponent + static_cast<uint32_t>(127 - bias)) << 23 | fraction << (23 - kBits));
+  const float x = minifloat_unpack<kSigned>(h, bias);
+  return fabsf(x) < power_of_two(63 - bias) ? x : bits_float(float_bits(x) | 0x7f800000u);
 }
 
 }  // namespace dalle_fast

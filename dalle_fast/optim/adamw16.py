@@ -28,7 +28,12 @@ class AdamW16(torch.optim.Optimizer):
         weight_decay: decoupled.
         variance_clip: running variances are clipped to this value before they are used or kept.
         ema_decay: keep averaged parameters with this decay in `state[p]["ema"]`; None keeps none.
+        capturable: keep the step numbers, and the step size as a tensor in `group["lr"]`, on the parameters' device:
+            `step()` can be captured in a CUDA graph and replayed with other step sizes, scales and skip flags. Same
+            numbers, same checkpoints.
         backend: "auto", "cuda", "cpu" or "reference".
+
+    `torch.amp.GradScaler` leaves unscaling and skipping to `step()`, as with the fused optimizers of torch.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -40,15 +45,18 @@ class AdamW16(torch.optim.Optimizer):
         >>> optimizer.step()
     """
 
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 4.5e-4,
+        lr: float | torch.Tensor = 4.5e-4,
         betas: tuple[float, float] = (0.9, 0.96),
         eps: float = 1e-8,
         weight_decay: float = 4.5e-2,
         variance_clip: float = 5.0,
         ema_decay: float | None = None,
+        capturable: bool = False,
         backend: str = "auto",
     ) -> None:
         for name, value, low, high in (
@@ -70,28 +78,54 @@ class AdamW16(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "variance_clip": variance_clip,
             "ema_decay": ema_decay,
+            "capturable": capturable,
             "backend": backend,
         }
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Optimizers that were pickled before there was `capturable`."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("capturable", False)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["capturable"]:
+            group["lr"] = _as_tensor(group["lr"], group)
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: float | torch.Tensor = 1.0,
+        found_inf: torch.Tensor | None = None,
+    ) -> Any:
         """One update.
 
         Args:
             closure: recomputes the loss, as in torch.optim.
             grad_scale: gradients are divided by it first.
+            found_inf: float32, one element; where it is not zero the update is skipped.
 
         Returns:
             What `closure` returned.
 
         Raises:
             TypeError: a parameter is not float32, or its gradient is sparse.
+            RuntimeError: a CUDA graph is being captured and a group is not capturable.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # what torch.amp.GradScaler leaves for a step
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            grad_scale = scale if isinstance(grad_scale, float) and grad_scale == 1.0 else scale * grad_scale
+        found_inf = getattr(self, "found_inf", found_inf)
         for group in self.param_groups:
             updated = [p for p in group["params"] if p.grad is not None]
             if not updated:
@@ -101,53 +135,88 @@ class AdamW16(torch.optim.Optimizer):
                     what = "a sparse gradient" if p.grad.is_sparse else f"dtype {p.dtype}"
                     raise TypeError(f"params: expected dense float32, got {what}")
                 if not self.state[p]:
-                    self._start(p, group["ema_decay"] is not None)
+                    self._start(p, group)
+            if group["capturable"]:
+                device = updated[0].device
+                steps = [self.state[p]["step"] for p in updated]
+                self._update(group, updated, steps, group["lr"], _on(device, grad_scale), _on(device, found_inf))
+                continue
+            if updated[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("step() is captured in a CUDA graph: construct AdamW16 with capturable=True")
+            if found_inf is not None and found_inf.item():
+                continue
             steps = [self.state[p]["step"] for p in updated]
             torch._foreach_add_(steps, 1)
             by_step: dict[int, list[torch.Tensor]] = {}
             for p, number in zip(updated, torch.stack(steps).tolist(), strict=True):
                 by_step.setdefault(number, []).append(p)
             for number, params in by_step.items():
-                states = [self.state[p] for p in params]
-                adamw16(
-                    params,
-                    [p.grad for p in params],
-                    *([s[name] for s in states] for name in _CODES),
-                    [s["ema"] for s in states if "ema" in s],
-                    step=number,
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    variance_clip=group["variance_clip"],
-                    grad_scale=grad_scale,
-                    ema_decay=group["ema_decay"] or 0.0,
-                    backend=group["backend"],
-                )
+                self._update(group, params, number, float(group["lr"]), float(grad_scale), None)
         return loss
 
-    def _start(self, p: torch.Tensor, with_ema: bool) -> None:
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        step: int | list[torch.Tensor],
+        lr: float | torch.Tensor,
+        grad_scale: float | torch.Tensor,
+        found_inf: torch.Tensor | None,
+    ) -> None:
+        states = [self.state[p] for p in params]
+        adamw16(
+            params,
+            [p.grad for p in params],
+            *([s[name] for s in states] for name in _CODES),
+            [s["ema"] for s in states if "ema" in s],
+            step=step,
+            lr=lr,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            variance_clip=group["variance_clip"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            ema_decay=group["ema_decay"] or 0.0,
+            backend=group["backend"],
+        )
+
+    def _start(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
-        state["step"] = torch.zeros((), dtype=torch.int64)
+        state["step"] = torch.zeros((), dtype=torch.int64, device=p.device if group["capturable"] else "cpu")
         for name in _CODES:  # in the parameter's memory order
             state[name] = torch.zeros_like(p, dtype=torch.uint16)
-        if with_ema:
+        if group["ema_decay"] is not None:
             state["ema"] = p.detach().clone()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but the 16-bit codes keep their dtype (torch casts all state to the parameter's).
 
-        `backend` stays as constructed: it belongs to this machine, and older checkpoints do not hold one.
+        `backend` and `capturable` stay as constructed: they belong to this machine, and older checkpoints do not hold
+        them. So does the tensor that holds a capturable group's step size, with the value loaded.
         """
-        backends = [group["backend"] for group in self.param_groups]
+        constructed = [{name: group[name] for name in ("backend", "capturable", "lr")} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, backend in zip(self.param_groups, backends, strict=True):
-            group["backend"] = backend
+        for group, kept in zip(self.param_groups, constructed, strict=True):
+            lr = float(group["lr"])
+            group.update(kept)
+            group["lr"] = _as_tensor(group["lr"], group).fill_(lr) if group["capturable"] else lr
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
+        params = [(p, group["capturable"]) for group in self.param_groups for p in group["params"]]
+        for i, (p, capturable) in zip(ids, params, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                value = value.detach()
-                # codes and averages in the parameter's memory order, whatever the file had
-                kept = value.cpu().clone() if name == "step" else torch.empty_like(p, dtype=value.dtype).copy_(value)
+                if name == "step":
+                    kept = value.detach().to("cpu" if not capturable else p.device, copy=True)
+                else:  # codes and averages in the parameter's memory order, whatever the file had
+                    kept = torch.empty_like(p, dtype=value.dtype).copy_(value.detach())
                 self.state[p][name] = kept
+
+
+def _as_tensor(lr: float | torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    if isinstance(lr, torch.Tensor):
+        return lr
+    return torch.full((), lr, dtype=torch.float64, device=group["params"][0].device)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -37,11 +37,20 @@ def _function(params, grads, means, variances, emas, **options: Any) -> tuple[to
 
 def _reference(params, grads, means, variances, emas, *, betas, **options: Any) -> tuple[torch.Tensor, ...]:
     codes = _encode(means, variances)
+    options = {"found_inf": None, **options}
     adamw16_reference(params, grads, *codes, emas, beta1=betas[0], beta2=betas[1], **options)
     return _results(params, *codes, emas)
 
 
-def _case(name: str, *shapes: tuple[int, ...], ema: bool = False, size: float = 1e-2, **options: Any) -> Case:
+def _case(
+    name: str,
+    *shapes: tuple[int, ...],
+    ema: bool = False,
+    size: float = 1e-2,
+    capturable: bool = False,
+    found_inf: float | None = None,
+    **options: Any,
+) -> Case:
     def build(generator: torch.Generator, dtype: torch.dtype) -> Arguments:
         def draw(shape, factor=1.0):
             return torch.randn(shape, generator=generator) * factor
@@ -56,7 +65,13 @@ def _case(name: str, *shapes: tuple[int, ...], ema: bool = False, size: float = 
         emas = [draw(shape) for shape in shapes] if ema else []
         settings = {"step": 7, "lr": 1e-2, "betas": (0.9, 0.96), "eps": 1e-8, "weight_decay": 4.5e-2,
                     "variance_clip": 5.0, "grad_scale": 1.0, "ema_decay": 0.99}  # fmt: skip
-        return (params, grads, means, variances, emas), {**settings, **options}
+        settings |= options
+        if capturable:
+            settings["step"] = [torch.tensor(3 * i) for i in range(len(shapes))]
+            settings["lr"] = torch.tensor(settings["lr"], dtype=torch.float64)
+            settings["grad_scale"] = torch.tensor(settings["grad_scale"])
+            settings["found_inf"] = None if found_inf is None else torch.tensor([found_inf])
+        return (params, grads, means, variances, emas), settings
 
     return Case(name, build, (torch.float32, torch.bfloat16))
 
@@ -73,6 +88,10 @@ ROOM = Room(
         _case("one", (1,), (), step=1, ema=True),
         _case("empty", (0, 3)),
         _case("chunks", (40_003,)),
+        _case("vectors", (2057,), ema=True),
+        _case("capturable", (37, 5), (1,), (64, 33), ema=True, capturable=True, found_inf=0.0, grad_scale=8.0),
+        _case("no_found_inf", (130,), capturable=True),
+        _case("found_inf", (11, 3), (8,), ema=True, capturable=True, found_inf=1.0),
     ),
     # moments may land on the neighbouring code (2^-9, 2^-10 relative) where float32 and float64 straddle a tie
     tolerance={torch.float32: (2.5e-3, 1e-6), torch.bfloat16: (2.5e-3, 1e-6)},
