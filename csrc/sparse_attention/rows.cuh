@@ -126,12 +126,12 @@ __device__ __forceinline__ void load_rows(const Walk& walk, const Rows& rows, in
     by_columns ? copy_all(columns) : copy_all(line);
     return;
   }
-  DF_UNROLL_BY(1)
+  DF_NO_UNROLL
   for (int r = r0; r < kCount; r += kStep) {
     bool there;
     const int position = by_columns ? columns(r, &there) : line(r, &there);
     const auto copy = [&](const Copy<T>& one) {
-      DF_UNROLL_BY(1)
+      DF_NO_UNROLL
       for (int j = c; j < c + kChunk<T>; ++j)
         one.tile[r * kTileStride<kDim, T> + j] = there && j < dim ? one.row(position)[j] : T{};
     };
@@ -234,7 +234,7 @@ __device__ __forceinline__ void meet(Warp& warp, const Stage& stage, const Sight
   const int bottom = row + 16 * kHalves - 1 < last ? row + 16 * kHalves - 1 : last;
   Range all{1, 0};  // no column
   if (!Warp::kOnlyPieces && !sight.has_holes()) all = {sight.range(bottom).low, sight.range(row).high};
-  DF_UNROLL_BY(1)
+  DF_NO_UNROLL
   for (int c = 0; c < kTile; c += kColumns) {
     const int column = tile.begin + c;
     if (!Warp::kOnlyPieces && all.low <= column && column + kColumns - 1 <= all.high) {
@@ -247,7 +247,7 @@ __device__ __forceinline__ void meet(Warp& warp, const Stage& stage, const Sight
       const int wanted = row + 16 * h + static_cast<int>(threadIdx.x) % 16, mine = wanted < last ? wanted : last;
       const Range range = sight.range(mine);
       const int low = __shfl_sync(0xffffffffu, range.low, 0), high = __shfl_sync(0xffffffffu, range.high, 15);
-      DF_UNROLL_BY(1)
+      DF_NO_UNROLL
       for (int piece = c; piece < c + kColumns; piece += 16) {
         const int begin = tile.begin + piece;
         if (low <= begin + 15 && begin <= high)
