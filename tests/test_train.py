@@ -28,7 +28,7 @@ CONFIGS = {
     "dvae": lambda steps, **changes: dvae_config(steps, **changes),
     "clip": lambda steps, **changes: clip_config(steps, **changes),
     "dalle": lambda steps, **changes: dalle_config(steps, **changes),
-    "dalle_fp16": lambda steps, **changes: dalle_config(steps, precision="fp16-resblock", log_histograms=4, **changes),
+    "dalle_fp16": lambda steps, **changes: dalle_config(steps, precision="fp16-resblock", log_histograms=8, **changes),
     "dalle_adamw": lambda steps, **changes: dalle_config(steps, optimizer="adamw", schedule="cosine", **changes),
 }
 
