@@ -307,14 +307,12 @@ class PowerSGD:
         failures = dict.fromkeys((entry.name for entry in self._entries), 0.0)
         for (entry, _), norm in zip((pair for sent in plain for pair in sent.gradients), norms):
             failures[entry.name] += not math.isfinite(norm)
-        place = 0
+        verdicts = (Verdict(*numbers[4 * i : 4 * i + 4], numbers[4 * count + i]) for i in range(count))
         for block in blocks:
             for entry, _ in block.gradients:
                 for _ in entry.matrices:
-                    verdict = Verdict(*numbers[4 * place : 4 * place + 4], numbers[4 * count + place])
-                    block.verdicts.append(verdict)
-                    failures[entry.name] += sum(verdict[:4])
-                    place += 1
+                    block.verdicts.append(next(verdicts))
+                    failures[entry.name] += sum(block.verdicts[-1][:4])
         if self.shard_group is not None:
             square = square if math.isfinite(square) else math.inf
             total = torch.tensor([square, *failures.values()], dtype=torch.float64, device=self.device)
@@ -346,10 +344,9 @@ class PowerSGD:
             grad = targets.get(entry.name, grad)
             rows = grad.reshape(grad.shape[0], -1)
             for matrix, p, r, verdict in (next(factors) for _ in entry.matrices):
-                applies = not verdict.p and not verdict.r
-                if not applies and verdict.error_here:
-                    matrix.error.zero_()
-                if not applies:  # then the norm is not finite: the update is skipped
+                if verdict.p or verdict.r:  # then the norm is not finite: the update is skipped
+                    if verdict.error_here:
+                        matrix.error.zero_()
                     continue
                 decompressed = powersgd_reconstruct(
                     p,
