@@ -10,12 +10,12 @@
 namespace dalle_fast::linear_cross_entropy {
 namespace {
 
-constexpr unsigned kSumThreads = 1024;  // of the kernels that have one block
+constexpr unsigned kSumThreads = 1024;  // at most, of the kernels that have one block
 
 __global__ void __launch_bounds__(kSumThreads) count_targets(const CheckParams p) {
   DF_SHARED(int64_t, part, kSumThreads / 32);
   int64_t count = 0;
-  for (int64_t row = threadIdx.x; row < p.num_rows; row += kSumThreads)
+  for (int64_t row = threadIdx.x; row < p.num_rows; row += blockDim.x)
     count += p.target[row * p.target_stride] != p.ignore_index;
   count = over_row(count, &part[0], int64_t{0});
   if (threadIdx.x == 0) p.stats[0] = count;
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kSumThreads) count_targets(const CheckParams p
 __global__ void __launch_bounds__(kSumThreads) mean_of_losses(const MeanParams p) {
   DF_SHARED(double, part, kSumThreads / 32);
   double sum = 0.0;
-  for (int64_t row = threadIdx.x; row < p.num_rows; row += kSumThreads) sum += static_cast<double>(p.row_loss[row]);
+  for (int64_t row = threadIdx.x; row < p.num_rows; row += blockDim.x) sum += static_cast<double>(p.row_loss[row]);
   sum = over_row(sum, &part[0], 0.0);
   if (threadIdx.x == 0) *p.loss = static_cast<float>(sum / static_cast<double>(p.stats[0]));
 }
@@ -161,6 +161,11 @@ __global__ void __launch_bounds__(kColumnThreads) column_sums(const Params p) {
   p.dbias[mine] += all;
 }
 
+unsigned sum_threads(int64_t rows) {
+  const int64_t warps = rows ? (rows + 31) / 32 : 1;
+  return 32 * warps < kSumThreads ? static_cast<unsigned>(32 * warps) : kSumThreads;
+}
+
 template <typename T, typename G>
 void run(const Params& p, void* stream) {
   const RowLaunch launch(p.num_rows, p.num_codes);
@@ -180,7 +185,7 @@ void run(const Params& p, void* stream) {
 
 void check_cuda(const CheckParams& p, void* stream) {
   const DeviceGuard guard(p.device.index);
-  DF_LAUNCH(count_targets, 1, kSumThreads, 0, stream, p);
+  DF_LAUNCH(count_targets, 1, sum_threads(p.num_rows), 0, stream, p);
 }
 
 void loss_and_grad_cuda(const Params& p, void* stream) {
@@ -196,7 +201,7 @@ void loss_and_grad_cuda(const Params& p, void* stream) {
 
 void mean_cuda(const MeanParams& p, void* stream) {
   const DeviceGuard guard(p.device.index);
-  DF_LAUNCH(mean_of_losses, 1, kSumThreads, 0, stream, p);
+  DF_LAUNCH(mean_of_losses, 1, sum_threads(p.num_rows), 0, stream, p);
 }
 
 }  // namespace dalle_fast::linear_cross_entropy

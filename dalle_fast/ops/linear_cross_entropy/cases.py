@@ -62,8 +62,8 @@ ROOM = Room(
         _case("wide", 20, 24, 300, bias=False),
         # CUDA: rows of one and several warps, of whole pieces and not, in registers and beyond them
         _case("warp", 4, 8, 64, ignored=1),
-        _case("full_warp", 3, 4, 1024),
-        _case("block", 3, 3, 1096, bias=False, ignored=1),
+        _case("full_warp", 2, 3, 1024),
+        _case("block", 2, 3, 1096, bias=False, ignored=1),
         _case("beyond", 2, 1, 16408),
         _case("beyond_odd", 2, 1, 16387, bias=False),
     ),
