@@ -165,6 +165,13 @@ __device__ __forceinline__ void split_tf32(uint32_t& high, uint32_t& low, float 
   low = float_bits(x - bits_float(high));
 }
 
+// c += a . b of parts of float32, all but the product of the low ones; the small products first
+__device__ __forceinline__ void multiply_split(float* c, const uint32_t (*a)[4], const uint32_t (*b)[2]) {
+  mma_16x8x8_tf32(c, a[1], b[0]);
+  mma_16x8x8_tf32(c, a[0], b[1]);
+  mma_16x8x8_tf32(c, a[0], b[0]);
+}
+
 // ---- operands: four words of a fragment, as the tensor core takes them
 
 template <typename T>

@@ -57,25 +57,15 @@ __device__ __forceinline__ float add(float a, float b) { return a + b; }
 // what exponents are taken relative to
 __device__ __forceinline__ float shift_of(float largest) { return largest == -INFINITY ? 0.0f : largest; }
 
-// c += a . b for parts of float32, small products first
-__device__ __forceinline__ void multiply_split(float* c, const uint32_t (*a)[4], const uint32_t (*b)[2]) {
-  mma_16x8x8_tf32(c, a[0], b[1]);
-  mma_16x8x8_tf32(c, a[1], b[0]);
-  mma_16x8x8_tf32(c, a[0], b[0]);
-}
-
-// s[n] = q . keys^T
+// s[0] += q . keys^T
 template <int kCount, int kDim, typename T>
-__device__ __forceinline__ void score(float (*s)[4], const T* q, const T* keys) {
-  multiply_transposed<kDim, kCount, T>(s, [&](uint32_t* a, int c) { load_a<kDim>(a, q, 0, c); }, keys);
+__device__ __forceinline__ void score(float (&s)[1][kCount / 8][4], const T* q, const T* keys) {
+  multiply_transposed<kDim>(s, [&](uint32_t* a, int, int c) { load_a<kDim>(a, q, 0, c); }, keys, 0);
 }
 template <int kCount, int kDim>
-__device__ __forceinline__ void score(float (*s)[4], const float* q, const float* keys) {
+__device__ __forceinline__ void score(float (&s)[1][kCount / 8][4], const float* q, const float* keys) {
   constexpr int kStride = Shape<float, kDim>::kStride;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  DF_UNROLL
-  for (int n = 0; n < kCount / 8; ++n)
-    for (int i = 0; i < 4; ++i) s[n][i] = 0.0f;
   DF_UNROLL
   for (int k = 0; k < kDim; k += 8) {
     uint32_t a[2][4];
@@ -86,32 +76,32 @@ __device__ __forceinline__ void score(float (*s)[4], const float* q, const float
       uint32_t b[2][2];
       DF_UNROLL
       for (int i = 0; i < 2; ++i) split_tf32(b[0][i], b[1][i], keys[(n * 8 + g) * kStride + k + t + i * 4]);
-      multiply_split(s[n], a, b);
+      multiply_split(s[0][n], a, b);
     }
   }
 }
 
 // out = out * keep + weights . values
 template <int kCount, int kDim, typename T>
-__device__ __forceinline__ void accumulate(float (*out)[4], const float* keep, const float (*weights)[4],
-                                           const T* values) {
+__device__ __forceinline__ void accumulate(float (&out)[kDim / 8][4], const float* keep,
+                                           const float (&weights)[1][kCount / 8][4], const T* values) {
   DF_UNROLL
   for (int n = 0; n < kDim / 8; ++n)
     for (int i = 0; i < 4; ++i) out[n][i] *= keep[i / 2];
-  multiply_add<kCount, kDim, T>(out, weights, values);
+  multiply_add<kDim>(&out, weights, values, 0);
 }
 // Columns t and t + 4 of a fragment of weights are keys 2t and 2t + 1: what a C fragment holds. The sum of a tile is
 // made apart, because tensor cores round sums towards zero, unless registers are short.
 template <int kCount, int kDim>
-__device__ __forceinline__ void accumulate(float (*out)[4], const float* keep, const float (*weights)[4],
-                                           const float* values) {
+__device__ __forceinline__ void accumulate(float (&out)[kDim / 8][4], const float* keep,
+                                           const float (&weights)[1][kCount / 8][4], const float* values) {
   constexpr int kStride = Shape<float, kDim>::kStride;
   constexpr bool kApart = kDim < 256;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   uint32_t a[kCount / 8][2][4];
   DF_UNROLL
   for (int k = 0; k < kCount / 8; ++k)
-    for (int i = 0; i < 4; ++i) split_tf32(a[k][0][i], a[k][1][i], weights[k][i % 2 * 2 + i / 2]);
+    for (int i = 0; i < 4; ++i) split_tf32(a[k][0][i], a[k][1][i], weights[0][k][i % 2 * 2 + i / 2]);
   DF_UNROLL
   for (int n = 0; n < kDim / 8; ++n) {
     float c[4] = {};
@@ -137,8 +127,9 @@ struct TextPart {
   // Keys and values of kCount rows of a tile, the first `there` of which exist.
   template <int kCount, typename T>
   __device__ __forceinline__ void add_keys(const T* q, const T* keys, const T* values, int there, float factor) {
-    float s[kCount / 8][4], top[2] = {-INFINITY, -INFINITY}, shift[2], keep[2];
-    score<kCount, kDim>(s, q, keys);
+    float scores[1][kCount / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, shift[2], keep[2];
+    float (&s)[kCount / 8][4] = scores[0];
+    score<kCount, kDim>(scores, q, keys);
     DF_UNROLL
     for (int n = 0; n < kCount / 8; ++n)
       for (int i = 0; i < 4; ++i) {
@@ -160,7 +151,7 @@ struct TextPart {
         s[n][i] = fast_exp2(s[n][i] - shift[i / 2]);
         sum[i / 2] += s[n][i];
       }
-    accumulate<kCount, kDim>(out, keep, s, values);
+    accumulate<kCount, kDim>(out, keep, scores, values);
   }
 };
 

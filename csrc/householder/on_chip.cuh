@@ -65,13 +65,6 @@ struct alignas(8) Two {
   float at[2];
 };
 
-// c += a . b for tf32 pairs, all but the product of the low parts; the small ones first
-__device__ __forceinline__ void multiply_split(float* c, const uint32_t (*a)[4], const uint32_t (*b)[2]) {
-  mma_16x8x8_tf32(c, a[1], b[0]);
-  mma_16x8x8_tf32(c, a[0], b[1]);
-  mma_16x8x8_tf32(c, a[0], b[0]);
-}
-
 // The larger magnitude; NaN stays.
 __device__ __forceinline__ float larger(float a, float b) { return b > a || b != b ? b : a; }
 
