@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -14,7 +16,20 @@ from dalle_fast.ops import (
     powersgd_reconstruct,
 )
 
+try:
+    from dalle_fast import _C_simt
+except ImportError:
+    _C_simt = None
+needs_executor = pytest.mark.skipif(_C_simt is None, reason="no host executor")
+
 LARGEST = 15.984375
+
+
+@pytest.fixture(autouse=True, params=["cpu", pytest.param("executor", marks=needs_executor)])
+def kernels(request, monkeypatch):
+    """All of this file on the CPU kernels and on the CUDA ones, on the host executor."""
+    if request.param == "executor":
+        monkeypatch.setattr(importlib.import_module("dalle_fast.ops.powersgd.op"), "_C", _C_simt)
 
 
 def codes(x: torch.Tensor) -> torch.Tensor:
@@ -83,6 +98,66 @@ def test_a_transposed_view_gives_the_same():
     p, q = a.code, codes(torch.randn(65, 9))
     assert torch.equal(powersgd_reconstruct(p, q, error), powersgd_reconstruct(p, q, column_major))
     assert torch.equal(error, column_major)
+
+
+def laid(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """A copy with its rows or columns dense, and aligned or not."""
+    x = x.mT if "columns" in layout else x
+    pad = 3 if "misaligned" in layout else 0
+    storage = x.new_zeros(x.shape[0], x.shape[1] + pad)
+    view = storage[:, pad:]
+    view.copy_(x)
+    return view.mT if "columns" in layout else view
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "misaligned rows", "misaligned columns"])
+@pytest.mark.parametrize(("m", "n", "r"), [(40, 136, 1), (136, 72, 7), (33, 70, 112), (16, 64, 130), (130, 65, 3)])
+def test_numbers_of_all_sizes_within_float32(m, n, r, layout):
+    start, factor = codes(torch.randn(m, n)), torch.randn(n, r)
+    grad = torch.randn(m, n)
+    error = laid(start, layout)
+    code, status = powersgd_project(error, factor, laid(grad, layout), inverse_grad_scale=0.3, scale=0.05)
+    added = (values(start) + grad * 0.3).double()
+    assert status.tolist() == [1, 1, 1]
+    e = values(error.contiguous()).double()
+    torch.testing.assert_close(e, added, rtol=2**-10 * 1.01, atol=1e-12)
+    exact, size = e @ factor.double() * 0.05, e.abs() @ factor.double().abs() * 0.05
+    assert ((values(code) - exact).abs() <= 2**-10 * exact.abs() + 1e-6 * size).all()
+    p, q = codes(torch.randn(m, r)), codes(torch.randn(n, r))
+    got = powersgd_reconstruct(p, q, error, grad_factor=0.5, error_factor=0.25)
+    product = values(p).double() @ values(q).double().mT
+    size = values(p).double().abs() @ values(q).double().abs().mT
+    assert ((got - 0.5 * product).abs() <= 1e-6 * size).all()
+    left, bound = e - 0.25 * product, 2**-10 * 1.01
+    finite = left.abs() < LARGEST
+    gap = (values(error.contiguous()).double() - left).abs()
+    assert (gap <= bound * left.abs() + 1e-6 * size)[finite].all()
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_float32_factor_is_not_cut_short(layout):
+    # 1 + 2^-10 alone is a tie that goes down to 1
+    factor = torch.full((24, 5), 1 + 2**-10 + 2**-19)
+    code, _ = powersgd_project(laid(codes(torch.eye(24)), layout), factor)
+    assert values(code).eq(1 + 2**-9).all()
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_in_the_buffer_stays_and_is_told(bad, layout):
+    start = torch.randn(40, 72) / 8
+    start[37, 70] = bad
+    factor = torch.rand(72, 3) + 0.1  # with low parts of either sign
+    for grad in (None, torch.randn(40, 72)):
+        error = laid(codes(start), layout)
+        code, status = powersgd_project(error, factor, grad, scale=0.1)
+        assert status.tolist() == [1, 0, 0]
+        x = values(error.contiguous())
+        assert torch.equal(x.isfinite(), start.isfinite())
+        torch.testing.assert_close(x[37, 70], torch.tensor(bad), equal_nan=True)
+        expected = torch.full((3,), bad).clamp(-LARGEST, LARGEST)
+        torch.testing.assert_close(values(code)[37], expected, equal_nan=True)
+        assert values(code)[:37].isfinite().all()
 
 
 def test_float64_and_float16_gradients_are_taken():

@@ -119,7 +119,7 @@ SPARE_BARRIERS = {
 }
 
 
-COPIES = {"sparse_attention"}  # rooms with asynchronous copies
+COPIES = {"powersgd", "sparse_attention"}  # rooms with asynchronous copies
 
 
 def results(room, arguments):

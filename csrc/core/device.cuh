@@ -12,6 +12,7 @@
   T* const name = static_cast<T*>(::simt::static_shared(sizeof(T) * (count), DF_SIMT_SITE))
 #define DF_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::simt::dynamic_shared())
 #define DF_UNROLL
+#define DF_KEEP_LOOP
 
 namespace dalle_fast {
 class DeviceGuard {
@@ -41,6 +42,7 @@ void allow_dynamic_shared(Kernel, std::size_t) {}
 // Shared memory of a block: an array of a constant size, or what the launch asked for.
 #define DF_SHARED(T, name, count) __shared__ T name[count]
 #define DF_UNROLL _Pragma("unroll")
+#define DF_KEEP_LOOP _Pragma("unroll 1")
 #define DF_DYNAMIC_SHARED(T, name)                                    \
   extern __shared__ __align__(128) unsigned char df_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(df_dynamic_shared)

@@ -32,6 +32,13 @@ bool has_pieces(const void* base, int64_t stride, int64_t length) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % kCount == 0 && length % kCount == 0;
 }
 
+// The vector that begins at element `index`, a multiple of its length, of aligned memory. Counted in vectors, nvcc sees
+// the alignment of a store; by way of a pointer to the element it may write 4 bytes at a time.
+template <typename Vector, typename T>
+__device__ __forceinline__ Vector& vector_at(T* base, int64_t index) {
+  return reinterpret_cast<Vector*>(base)[static_cast<uint64_t>(index) / (sizeof(Vector) / sizeof(T))];
+}
+
 struct bf16_t {
   uint16_t bits;
 };

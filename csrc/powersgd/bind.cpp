@@ -13,12 +13,28 @@ bool dense_first(const TensorRef& t, const char* name, int64_t& stride) {
   return !last;
 }
 
+int64_t workspace_floats(const TensorRef& error, int64_t rank) {
+#if defined(DF_SIMT)
+  const bool needed = true;
+#else
+  const bool needed = error.device.is_cuda();
+#endif
+  return needed ? powersgd::ProjectPlan(error.shape[0], error.shape[1], rank).workspace_floats : 0;
+}
+
 }  // namespace
 
 void bind_powersgd(pybind11::module_& m) {
+  // Elements of the float32 tensor that powersgd_project wants to work in.
+  m.def("powersgd_workspace", [](const TensorArg& error_arg, int64_t rank) {
+    const TensorRef error = error_arg.as("error");
+    require_rank(error, "error", 2);
+    return workspace_floats(error, rank);
+  });
+
   m.def("powersgd_project", [](const TensorArg& out_arg, const TensorArg& status_arg, const TensorArg& error_arg,
-                               const TensorArg& factor_arg, const TensorArg& grad_arg, double inverse_grad_scale,
-                               double scale, std::uintptr_t stream) {
+                               const TensorArg& factor_arg, const TensorArg& grad_arg, const TensorArg& workspace_arg,
+                               double inverse_grad_scale, double scale, std::uintptr_t stream) {
     const TensorRef error = error_arg.as("error");     // [rows, depth]
     const TensorRef factor = factor_arg.as("factor");  // [depth, rank]
     const TensorRef out = out_arg.as("out");
@@ -52,6 +68,12 @@ void bind_powersgd(pybind11::module_& m) {
       params.grad_stride = grad.stride[params.transposed ? 1 : 0];
       params.grad_is_bf16 = grad.dtype == DType::kBFloat16;
     }
+    const TensorRef workspace = workspace_arg.as("workspace");
+    require_dtype(workspace, "workspace", {DType::kFloat32});
+    require_contiguous(workspace, "workspace");
+    require_same_device(workspace, "workspace", error, "error");
+    require(workspace.numel() >= workspace_floats(error, factor.shape[1]), "workspace: expected a larger tensor");
+    params.workspace = workspace.as<float>();
     params.error = error.as<uint16_t>();
     params.factor = factor.data;
     params.factor_is_codes = factor.dtype == DType::kUInt16;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Tiles of 64 x 64 numbers: decoded, added to and encoded in the first-level cache, then multiplied in float32. E is
-// read and written once a product. Each output row is summed by one task in one order.
+// Tiles of numbers: decoded, added to and encoded on the way into the second-level cache, then multiplied in float32. E
+// is read and written once a product, in runs long enough for the hardware to fetch ahead; a part of X serves all rows
+// of a task. Each output row is summed by one task in one order.
 #include "powersgd.h"
 
 #include "../core/gemm.h"
@@ -14,17 +15,23 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 
 namespace {
 
-constexpr int64_t kTile = 64;
+constexpr int64_t kTaskRows = 128;
+constexpr int64_t kLines = 64, kRun = 256;  // of a tile: kRun dense elements of each of kLines
+constexpr int64_t kPitch = kRun + kLanes;   // lines of a tile begin in different sets of the first-level cache
 
 DF_INLINE VecH encode(VecF x) { return ::dalle_fast::DF_CPU_NAMESPACE::minifloat_encode<true>(x); }
 DF_INLINE VecF decode(VecH h) { return ::dalle_fast::DF_CPU_NAMESPACE::minifloat_decode<true>(h); }
 DF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 DF_INLINE int lanes_of(int64_t rest) { return static_cast<int>(rest < kLanes ? rest : kLanes); }
-DF_INLINE VecI not_finite(VecF x) { return (x - x) != VecF{}; }
-DF_INLINE bool any(VecI mask) {
-  int32_t all = 0;
-  for (int i = 0; i < kLanes; ++i) all |= mask[i];
-  return all != 0;
+// The largest magnitude so far, as bits: those of Inf and NaN are above all others.
+DF_INLINE VecI larger(VecI largest, VecF x) {
+  const VecI magnitude = bit_cast<VecI>(vabs(x));
+  return magnitude > largest ? magnitude : largest;
+}
+DF_INLINE bool is_finite(VecI largest) {
+  bool finite = true;
+  for (int i = 0; i < kLanes; ++i) finite = finite && largest[i] < 0x7f800000;
+  return finite;
 }
 DF_INLINE void clear(int32_t* flag) { __atomic_store_n(flag, 0, __ATOMIC_RELAXED); }
 
@@ -50,12 +57,12 @@ bool all_finite(const ProjectParams& p) {
   const int64_t outer = p.transposed ? p.depth : p.rows, inner = p.transposed ? p.rows : p.depth;
   int32_t finite = 1;
   parallel_chunks(outer, 64, [&](int64_t begin, int64_t end) {
-    VecI bad = {};
+    VecI largest = {};
     for (int64_t o = begin; o < end; ++o) {
       const T* row = static_cast<const T*>(p.grad) + o * p.grad_stride;
-      for (int64_t i = 0; i < inner; i += kLanes) bad |= not_finite(load(row + i, lanes_of(inner - i)));
+      for (int64_t i = 0; i < inner; i += kLanes) largest = larger(largest, load(row + i, lanes_of(inner - i)));
     }
-    if (any(bad)) clear(&finite);
+    if (!is_finite(largest)) clear(&finite);
   });
   return finite != 0;
 }
@@ -63,7 +70,7 @@ bool all_finite(const ProjectParams& p) {
 // Numbers of E, `outer` rows of `inner` dense ones from (o0, i0), after the gradient where kAdd.
 template <typename T, bool kAdd>
 DF_INLINE void load_tile(float* tile, const ProjectParams& p, int64_t o0, int64_t i0, int64_t outer, int64_t inner,
-                         VecI& bad) {
+                         VecI& largest) {
   for (int64_t o = 0; o < outer; ++o) {
     uint16_t* code = p.error + (o0 + o) * p.error_stride + i0;
     for (int64_t i = 0; i < inner; i += kLanes) {
@@ -75,8 +82,8 @@ DF_INLINE void load_tile(float* tile, const ProjectParams& p, int64_t o0, int64_
         store_h(code + i, sum, n);
         e = decode(sum);
       }
-      bad |= not_finite(e);
-      storeu(tile + o * kTile + i, e);
+      largest = larger(largest, e);
+      storeu(tile + o * kPitch + i, e);
     }
   }
 }
@@ -84,33 +91,36 @@ DF_INLINE void load_tile(float* tile, const ProjectParams& p, int64_t o0, int64_
 template <typename T, bool kAdd>
 void project_rows(const ProjectParams& p, const float* factor, int64_t width, int64_t begin, int64_t end) {
   static thread_local ThreadScratch scratch;
-  float* tile = scratch.floats(kTile * kTile + kTile * width);
-  float* sum = tile + kTile * kTile;
+  float* tile = scratch.floats(kLines * kPitch + kTaskRows * width);
+  float* sum = tile + kLines * kPitch;
   const int64_t rows = end - begin;
-  VecI bad_error = {}, bad_out = {};
-  __builtin_memset(sum, 0, static_cast<std::size_t>(kTile * width) * sizeof(float));
-  for (int64_t k = 0; k < p.depth; k += kTile) {
-    const int64_t depth = smaller(kTile, p.depth - k);
-    if (p.transposed) {
-      load_tile<T, kAdd>(tile, p, k, begin, depth, rows, bad_error);
-      gemm<true, true>(sum, width, tile, kTile, factor + k * width, kLanes, width, rows, width, depth);
-    } else {
-      load_tile<T, kAdd>(tile, p, begin, k, rows, depth, bad_error);
-      gemm<false, true>(sum, width, tile, kTile, factor + k * width, kLanes, width, rows, width, depth);
+  VecI largest_error = {}, largest_out = {};
+  zero(sum, rows * width);
+  const int64_t tile_rows = p.transposed ? kRun : kLines, tile_depth = p.transposed ? kLines : kRun;
+  for (int64_t k = 0; k < p.depth; k += tile_depth)
+    for (int64_t i = 0; i < rows; i += tile_rows) {
+      const int64_t depth = smaller(tile_depth, p.depth - k), n = smaller(tile_rows, rows - i);
+      if (p.transposed) {
+        load_tile<T, kAdd>(tile, p, k, begin + i, depth, n, largest_error);
+        gemm<true, true>(sum + i * width, width, tile, kPitch, factor + k * width, kLanes, width, n, width, depth);
+      } else {
+        load_tile<T, kAdd>(tile, p, begin + i, k, n, depth, largest_error);
+        gemm<false, true>(sum + i * width, width, tile, kPitch, factor + k * width, kLanes, width, n, width, depth);
+      }
     }
-  }
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < p.rank; c += kLanes) {
       const VecH code = encode(loadu(sum + i * width + c) * splat(p.scale));
       const VecF x = decode(code);
       const int n = lanes_of(p.rank - c);
-      bad_out |= not_finite(x) & (VecI)(lane_index() < splat_i(n));
+      const VecI mine = (VecI)(lane_index() < splat_i(n));
+      largest_out = larger(largest_out, bit_cast<VecF>(bit_cast<VecI>(x) & mine));
       const VecF most = splat(15.984375f);
       const VecF clamped = x > most ? most : x < -most ? -most : x;
       store_h(p.out + (begin + i) * p.rank + c, encode(clamped), n);
     }
-  if (any(bad_error)) clear(p.status + 1);
-  if (any(bad_out)) clear(p.status + 2);
+  if (!is_finite(largest_error)) clear(p.status + 1);
+  if (!is_finite(largest_out)) clear(p.status + 2);
 }
 
 }  // namespace
@@ -119,10 +129,14 @@ void project(const ProjectParams& p) {
   static thread_local ThreadScratch scratch;
   const int64_t width = round_up(p.rank, kLanes);
   float* factor = scratch.floats(p.depth * width);
-  decode_rows(factor, width, p.factor, p.factor_is_codes, p.depth, p.rank);
+  parallel_chunks(p.depth, kRun, [&](int64_t begin, int64_t end) {
+    const int64_t size = p.factor_is_codes ? sizeof(uint16_t) : sizeof(float);
+    decode_rows(factor + begin * width, width, static_cast<const char*>(p.factor) + begin * p.rank * size,
+                p.factor_is_codes, end - begin, p.rank);
+  });
   const bool finite = !p.grad || (p.grad_is_bf16 ? all_finite<bf16>(p) : all_finite<float>(p));
   if (!finite) clear(p.status);
-  parallel_chunks(p.rows, kTile, [&](int64_t begin, int64_t end) {
+  parallel_chunks(p.rows, kTaskRows, [&](int64_t begin, int64_t end) {
     if (!p.grad || !finite)
       project_rows<float, false>(p, factor, width, begin, end);
     else if (p.grad_is_bf16)
@@ -135,31 +149,32 @@ void project(const ProjectParams& p) {
 void reconstruct(const ReconstructParams& p) {
   static thread_local ThreadScratch packed_scratch;
   const int64_t width = round_up(p.rank, kLanes), columns = round_up(p.columns, kLanes);
-  float* packed = packed_scratch.floats(columns * width + kLanes * width);  // right^T, vector by vector
-  float* staging = packed + columns * width;
-  for (int64_t c = 0; c < columns; c += kLanes) {
-    const int64_t n = smaller(kLanes, p.columns - c);
-    __builtin_memset(staging, 0, static_cast<std::size_t>(kLanes * width) * sizeof(float));
+  float* packed = packed_scratch.floats(columns * width);  // right^T, vector by vector
+  parallel_for(columns / kLanes, [&](int64_t i) {
+    static thread_local ThreadScratch scratch;
+    float* staging = scratch.floats(kLanes * width);
+    const int64_t c = i * kLanes, n = smaller(kLanes, p.columns - c);
+    zero(staging, kLanes * width);
     decode_rows(staging, width, p.right + c * p.rank, true, n, p.rank);
     for (int64_t r = 0; r < width; r += kLanes)
       transpose_block(packed + c * width + r * kLanes, kLanes, staging + r, width);
-  }
-  parallel_chunks(p.rows, kTile, [&](int64_t begin, int64_t end) {
+  });
+  parallel_chunks(p.rows, kLines, [&](int64_t begin, int64_t end) {
     static thread_local ThreadScratch scratch;
-    float* left = scratch.floats(kTile * width + kTile * kTile);
-    float* tile = left + kTile * width;
+    float* left = scratch.floats(kLines * width + kLines * kPitch);
+    float* tile = left + kLines * width;
     const int64_t rows = end - begin;
     decode_rows(left, width, p.left + begin * p.rank, true, rows, p.rank);
-    for (int64_t c0 = 0; c0 < p.columns; c0 += kTile) {
-      const int64_t n = smaller(kTile, p.columns - c0);
-      gemm<false, false>(tile, kTile, left, width, packed + c0 * width, width * kLanes, kLanes, rows,
+    for (int64_t c0 = 0; c0 < p.columns; c0 += kRun) {
+      const int64_t n = smaller(kRun, p.columns - c0);
+      gemm<false, false>(tile, kPitch, left, width, packed + c0 * width, width * kLanes, kLanes, rows,
                          round_up(n, kLanes), p.rank);
       for (int64_t i = 0; i < rows; ++i) {
         float* grad = p.grad + (begin + i) * p.grad_stride + c0;
         uint16_t* error = p.error ? p.error + (begin + i) * p.error_stride + c0 : nullptr;
         for (int64_t c = 0; c < n; c += kLanes) {
           const int lanes = lanes_of(n - c);
-          const VecF g = loadu(tile + i * kTile + c), out = g * splat(p.grad_factor);
+          const VecF g = loadu(tile + i * kPitch + c), out = g * splat(p.grad_factor);
           lanes == kLanes ? storeu(grad + c, out) : store_n(grad + c, out, lanes);
           if (!error) continue;
           const VecF e = load_code(error + c, lanes) - g * splat(p.error_factor);

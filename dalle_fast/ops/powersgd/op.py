@@ -36,7 +36,9 @@ def _project(error, factor, grad, inverse_grad_scale, scale):
             grad = grad.float()
         grad = _dense_as(grad, error)
     if error.numel():
-        _C.powersgd_project(code, status, error, factor.contiguous(), grad, inverse_grad_scale, scale, stream_of(error))
+        workspace = error.new_empty(_C.powersgd_workspace(error, factor.shape[1]), dtype=torch.float32)
+        numbers = (inverse_grad_scale, scale, stream_of(error))
+        _C.powersgd_project(code, status, error, factor.contiguous(), grad, workspace, *numbers)
     else:
         code.zero_()
     return code, status
