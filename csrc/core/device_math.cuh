@@ -22,7 +22,7 @@ struct alignas(4 * sizeof(T)) Four {
 
 // What one 16-byte access moves.
 template <typename T>
-struct alignas(16) Piece {
+struct alignas(16) PieceOf {
   static constexpr int kCount = 16 / sizeof(T);
   T at[kCount];
 };
@@ -30,8 +30,15 @@ struct alignas(16) Piece {
 // Whether lines of `length` elements, `stride` apart, are made of aligned pieces.
 template <typename T>
 bool has_pieces(const void* base, int64_t stride, int64_t length) {
-  constexpr int64_t kCount = Piece<T>::kCount;
+  constexpr int64_t kCount = PieceOf<T>::kCount;
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % kCount == 0 && length % kCount == 0;
+}
+
+// The vector that begins at element `index`, a multiple of its length, of aligned memory. Counted in vectors, nvcc sees
+// the alignment of a store; by way of a pointer to the element it may write 4 bytes at a time.
+template <typename Vector, typename T>
+__device__ __forceinline__ Vector& vector_at(T* base, int64_t index) {
+  return reinterpret_cast<Vector*>(base)[static_cast<uint64_t>(index) / (sizeof(Vector) / sizeof(T))];
 }
 
 struct bf16_t {

@@ -23,11 +23,15 @@ DF_INLINE VecH encode(VecF x) { return ::dalle_fast::DF_CPU_NAMESPACE::minifloat
 DF_INLINE VecF decode(VecH h) { return ::dalle_fast::DF_CPU_NAMESPACE::minifloat_decode<true>(h); }
 DF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 DF_INLINE int lanes_of(int64_t rest) { return static_cast<int>(rest < kLanes ? rest : kLanes); }
-DF_INLINE VecI not_finite(VecF x) { return (x - x) != VecF{}; }
-DF_INLINE bool any(VecI mask) {
-  int32_t all = 0;
-  for (int i = 0; i < kLanes; ++i) all |= mask[i];
-  return all != 0;
+// The largest magnitude so far, as bits: those of Inf and NaN are above all others.
+DF_INLINE VecI larger(VecI largest, VecF x) {
+  const VecI magnitude = bit_cast<VecI>(vabs(x));
+  return magnitude > largest ? magnitude : largest;
+}
+DF_INLINE bool is_finite(VecI largest) {
+  bool finite = true;
+  for (int i = 0; i < kLanes; ++i) finite = finite && largest[i] < 0x7f800000;
+  return finite;
 }
 DF_INLINE void clear(int32_t* flag) { __atomic_store_n(flag, 0, __ATOMIC_RELAXED); }
 
@@ -53,12 +57,12 @@ bool all_finite(const ProjectParams& p) {
   const int64_t outer = p.transposed ? p.depth : p.rows, inner = p.transposed ? p.rows : p.depth;
   int32_t finite = 1;
   parallel_chunks(outer, 64, [&](int64_t begin, int64_t end) {
-    VecI bad = {};
+    VecI largest = {};
     for (int64_t o = begin; o < end; ++o) {
       const T* row = static_cast<const T*>(p.grad) + o * p.grad_stride;
-      for (int64_t i = 0; i < inner; i += kLanes) bad |= not_finite(load(row + i, lanes_of(inner - i)));
+      for (int64_t i = 0; i < inner; i += kLanes) largest = larger(largest, load(row + i, lanes_of(inner - i)));
     }
-    if (any(bad)) clear(&finite);
+    if (!is_finite(largest)) clear(&finite);
   });
   return finite != 0;
 }
@@ -66,7 +70,7 @@ bool all_finite(const ProjectParams& p) {
 // Numbers of E, `outer` rows of `inner` dense ones from (o0, i0), after the gradient where kAdd.
 template <typename T, bool kAdd>
 DF_INLINE void load_tile(float* tile, const ProjectParams& p, int64_t o0, int64_t i0, int64_t outer, int64_t inner,
-                         VecI& bad) {
+                         VecI& largest) {
   for (int64_t o = 0; o < outer; ++o) {
     uint16_t* code = p.error + (o0 + o) * p.error_stride + i0;
     for (int64_t i = 0; i < inner; i += kLanes) {
@@ -78,7 +82,7 @@ DF_INLINE void load_tile(float* tile, const ProjectParams& p, int64_t o0, int64_
         store_h(code + i, sum, n);
         e = decode(sum);
       }
-      bad |= not_finite(e);
+      largest = larger(largest, e);
       storeu(tile + o * kPitch + i, e);
     }
   }
@@ -90,17 +94,17 @@ void project_rows(const ProjectParams& p, const float* factor, int64_t width, in
   float* tile = scratch.floats(kLines * kPitch + kTaskRows * width);
   float* sum = tile + kLines * kPitch;
   const int64_t rows = end - begin;
-  VecI bad_error = {}, bad_out = {};
+  VecI largest_error = {}, largest_out = {};
   zero(sum, rows * width);
   const int64_t tile_rows = p.transposed ? kRun : kLines, tile_depth = p.transposed ? kLines : kRun;
   for (int64_t k = 0; k < p.depth; k += tile_depth)
     for (int64_t i = 0; i < rows; i += tile_rows) {
       const int64_t depth = smaller(tile_depth, p.depth - k), n = smaller(tile_rows, rows - i);
       if (p.transposed) {
-        load_tile<T, kAdd>(tile, p, k, begin + i, depth, n, bad_error);
+        load_tile<T, kAdd>(tile, p, k, begin + i, depth, n, largest_error);
         gemm<true, true>(sum + i * width, width, tile, kPitch, factor + k * width, kLanes, width, n, width, depth);
       } else {
-        load_tile<T, kAdd>(tile, p, begin + i, k, n, depth, bad_error);
+        load_tile<T, kAdd>(tile, p, begin + i, k, n, depth, largest_error);
         gemm<false, true>(sum + i * width, width, tile, kPitch, factor + k * width, kLanes, width, n, width, depth);
       }
     }
@@ -109,13 +113,14 @@ void project_rows(const ProjectParams& p, const float* factor, int64_t width, in
       const VecH code = encode(loadu(sum + i * width + c) * splat(p.scale));
       const VecF x = decode(code);
       const int n = lanes_of(p.rank - c);
-      bad_out |= not_finite(x) & (VecI)(lane_index() < splat_i(n));
+      const VecI mine = (VecI)(lane_index() < splat_i(n));
+      largest_out = larger(largest_out, bit_cast<VecF>(bit_cast<VecI>(x) & mine));
       const VecF most = splat(15.984375f);
       const VecF clamped = x > most ? most : x < -most ? -most : x;
       store_h(p.out + (begin + i) * p.rank + c, encode(clamped), n);
     }
-  if (any(bad_error)) clear(p.status + 1);
-  if (any(bad_out)) clear(p.status + 2);
+  if (!is_finite(largest_error)) clear(p.status + 1);
+  if (!is_finite(largest_out)) clear(p.status + 2);
 }
 
 }  // namespace

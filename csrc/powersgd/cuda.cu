@@ -26,21 +26,21 @@ struct NoGrad {};
 
 // Four pieces a lane, a warp.
 template <typename G>
-inline constexpr int64_t kCheckUnit = 32 * 4 * Piece<G>::kCount;
+inline constexpr int64_t kCheckUnit = 32 * 4 * PieceOf<G>::kCount;
 
 template <typename G>
 __device__ __forceinline__ bool all_finite(const ProjectParams& p, int64_t unit, bool pieces) {
   const int64_t length = p.transposed ? p.rows : p.depth, units = (length + kCheckUnit<G> - 1) / kCheckUnit<G>;
   const int64_t line = unit / units, begin = unit % units * kCheckUnit<G>;
   const G* from = static_cast<const G*>(p.grad) + line * p.grad_stride;
-  constexpr int kCount = Piece<G>::kCount;
+  constexpr int kCount = PieceOf<G>::kCount;
   bool finite = true;
   if (pieces) {
-    Piece<G> x[4] = {};
+    PieceOf<G> x[4] = {};
     DF_UNROLL
     for (int k = 0; k < 4; ++k) {
       const int64_t i = begin + (k * 32 + threadIdx.x % 32) * kCount;
-      if (i < length) x[k] = *reinterpret_cast<const Piece<G>*>(from + i);
+      if (i < length) x[k] = vector_at<const PieceOf<G>>(from, i);
     }
     DF_UNROLL
     for (int k = 0; k < 4 * kCount; ++k) finite = finite && is_finite(to_float(x[k / kCount].at[k % kCount]));
@@ -98,7 +98,7 @@ constexpr int kRowWarps = kRows / 32;  // a warp has 32 rows and 32 of the depth
 // different banks. The permutation is the same four lines on.
 template <typename T, bool kTransposed>
 __device__ __forceinline__ int place_in_tile(int line, int piece) {
-  constexpr int kLength = kTransposed ? kRows : kDepth, kCount = Piece<T>::kCount;
+  constexpr int kLength = kTransposed ? kRows : kDepth, kCount = PieceOf<T>::kCount;
   const int change = kTransposed ? line % 4 * 2 : line % 2 * (kCount == 8 ? 4 : 1);
   return line * kLength + (piece ^ change) * kCount;
 }
@@ -108,7 +108,7 @@ template <typename T, bool kTransposed>
 __device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t stride, const ProjectParams& p, int64_t row0,
                                           int64_t k0, bool pieces) {
   constexpr int kLines = kTransposed ? kDepth : kRows, kLength = kTransposed ? kRows : kDepth;
-  constexpr int kCount = Piece<T>::kCount, kPieces = kLength / kCount, kRound = kThreads / kPieces;
+  constexpr int kCount = PieceOf<T>::kCount, kPieces = kLength / kCount, kRound = kThreads / kPieces;
   const int mine = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
   const int64_t line = (kTransposed ? k0 : row0) + mine, begin = (kTransposed ? row0 : k0) + piece * kCount;
   const int64_t lines = (kTransposed ? p.depth : p.rows) - line, length = (kTransposed ? p.rows : p.depth) - begin;
@@ -162,13 +162,13 @@ struct Share {
     return kTransposed ? warp % kRowWarps * 32 + lane / 4 * 4 : warp / kRowWarps * 32 + lane % 4 * 8;
   }
   static __device__ __forceinline__ int address(int i) {  // in the tile
-    constexpr int kLength = kTransposed ? kRows : kDepth, kCount = Piece<T>::kCount;
+    constexpr int kLength = kTransposed ? kRows : kDepth, kCount = PieceOf<T>::kCount;
     const int place = begin() + i % kRun;
     return place_in_tile<T, kTransposed>(line(), place / kCount) + place % kCount + i / kRun * kNext * kLength;
   }
   // What steps 2 half and 2 half + 1 need and the half before did not bring.
   __device__ __forceinline__ void load(const T* tile, int half) {
-    constexpr int kCount = Piece<T>::kCount < kRun ? Piece<T>::kCount : kRun;  // at once
+    constexpr int kCount = PieceOf<T>::kCount < kRun ? PieceOf<T>::kCount : kRun;  // at once
     using Run = Words<kCount * sizeof(T) / 4>;
     DF_UNROLL
     for (int i = 0; i < 32; i += kCount) {
@@ -184,7 +184,7 @@ struct Share {
     using Run = Words<kRun * sizeof(T) / 4>;
     line0 += line();
     begin0 += begin();
-    to += line0 * stride + begin0;
+    const int64_t first = line0 * stride + begin0;
     DF_UNROLL
     for (int i = 0; i < kLines; ++i) {
       Run run;
@@ -193,13 +193,13 @@ struct Share {
       if (!pieces)
         *reinterpret_cast<Run*>(tile + address(i * kRun)) = run;
       else if (line0 + i * kNext < lines && begin0 < length)
-        *reinterpret_cast<Run*>(to + i * kNext * stride) = run;
+        vector_at<Run>(to, first + i * kNext * stride) = run;
     }
     if (pieces) return;
     DF_NO_UNROLL
     for (int i = 0; i < 32; ++i)
       if (line0 + i / kRun * kNext < lines && begin0 + i % kRun < length)
-        to[i / kRun * kNext * stride + i % kRun] = tile[address(i)];
+        to[first + i / kRun * kNext * stride + i % kRun] = tile[address(i)];
   }
   // Where element `i` of a step's A fragments lies: four of 16 rows, four of the others.
   static __device__ __forceinline__ constexpr int place(int step, int i) {

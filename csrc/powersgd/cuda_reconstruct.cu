@@ -22,14 +22,14 @@ __device__ __forceinline__ void load_panel(float* to, const uint16_t* from, int6
   for (int unit = static_cast<int>(threadIdx.x); unit < kTile / 16 * kPanel; unit += kThreads) {
     const int lane = unit % 32, block = unit / 32 % (kTile / 16), part = unit / 32 / (kTile / 16);
     const int64_t k = k0 + part * 32 + lane % 4 * 8;
-    Piece<uint16_t> code[2] = {};
+    PieceOf<uint16_t> code[2] = {};
     DF_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int64_t row = row_of(block, lane / 4, i);
       if (row >= rows || k >= rank) continue;
       const uint16_t* source = from + row * rank + k;
       if (pieces) {
-        code[i] = *reinterpret_cast<const Piece<uint16_t>*>(source);
+        code[i] = *reinterpret_cast<const PieceOf<uint16_t>*>(source);
       } else {
         DF_UNROLL
         for (int j = 0; j < 8; ++j)
@@ -109,28 +109,27 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int n = 0; n < 2; ++n) {
       const int64_t r = row + 8 * i, c = column + 32 * n;
       if (r >= p.rows || c >= p.columns) continue;
-      Piece<uint16_t> old = {};
+      PieceOf<uint16_t> old = {};
       if (p.error)
-        old = *reinterpret_cast<const Piece<uint16_t>*>(error +
-                                                        place(warp / 2 * 32 + g + 8 * i, warp % 2 * 8 + n * 4 + t));
-      Piece<float> out[2];
+        old = *reinterpret_cast<const PieceOf<uint16_t>*>(error +
+                                                          place(warp / 2 * 32 + g + 8 * i, warp % 2 * 8 + n * 4 + t));
+      PieceOf<float> out[2];
       DF_UNROLL
       for (int j = 0; j < 8; ++j) {
         const float x = sum[i / 2][n * 4 + j / 2][i % 2 * 2 + j % 2];
         out[j / 4].at[j % 4] = x * p.grad_factor;
         if (p.error) old.at[j] = minifloat_encode<true>(minifloat_decode<true>(old.at[j]) - x * p.error_factor);
       }
-      float* grad = p.grad + r * p.grad_stride + c;
-      uint16_t* code = p.error + r * p.error_stride + c;
+      const int64_t grad = r * p.grad_stride + c, code = r * p.error_stride + c;
       DF_UNROLL
       for (int j = 0; j < 2; ++j)
-        if (grad_pieces && c + j * 4 < p.columns) reinterpret_cast<Piece<float>*>(grad)[j] = out[j];
-      if (error_pieces) *reinterpret_cast<Piece<uint16_t>*>(code) = old;
+        if (grad_pieces && c + j * 4 < p.columns) vector_at<PieceOf<float>>(p.grad, grad + j * 4) = out[j];
+      if (error_pieces) vector_at<PieceOf<uint16_t>>(p.error, code) = old;
       DF_UNROLL
       for (int j = 0; j < 8; ++j) {
         if (c + j >= p.columns) continue;
-        if (!grad_pieces) grad[j] = out[j / 4].at[j % 4];
-        if (p.error && !error_pieces) code[j] = old.at[j];
+        if (!grad_pieces) p.grad[grad + j] = out[j / 4].at[j % 4];
+        if (p.error && !error_pieces) p.error[code + j] = old.at[j];
       }
     }
   }
