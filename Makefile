@@ -41,12 +41,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
+# In the folder of the inner loop: what `make build` has compiled for the same architectures is not compiled again.
 cuda: setup
-	$(BIN)/cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DDF_CUDA=ON -DDF_CUDA_ARCHS="8.0;9.0a" \
-	  -DDF_OUTPUT_DIR=$(abspath build/cuda)
-	$(BIN)/cmake --build build/cuda
-	$(BIN)/python .ci/check_spills build/cuda/cuda/*.ptxas
+	$(BIN)/cmake -S . -B build/inplace -DDF_CUDA=ON -DDF_CUDA_ARCHS="8.0;9.0a" > build.log 2>&1 || (cat build.log && false)
+	@rm -f build.log
+	$(BIN)/cmake --build build/inplace
+	$(BIN)/python .ci/check_spills build/inplace/cuda/*.ptxas
 
 SANITIZERS := -fsanitize=address,undefined;-fno-sanitize-recover=all
 sanitize: setup

@@ -346,3 +346,54 @@ def test_time_is_not_part_of_what_is_learned(tmp_path):
     loop.update = lambda: (time.sleep(0.05), update())[1]
     loop.run()
     assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
+
+
+def broken_pictures(folder: Path, count: int, bad: set[int]) -> str:
+    """A folder of captioned pictures, some of which are not pictures."""
+    from PIL import Image
+
+    folder.mkdir()
+    for i in range(count):
+        path = folder / f"{i:03}.png"
+        if i in bad:
+            path.write_bytes(b"not a picture")
+        else:
+            Image.new("RGB", (24, 24), (i % 256, 3 * i % 256, 7 * i % 256)).save(path)
+        path.with_suffix(".txt").write_text(f"picture {i}")
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["dvae", "dalle"])
+def test_what_cannot_be_read_is_replaced_and_listed_once(tmp_path, dvae, kind):
+    config = configured(kind, 12, dvae, save_every=5)
+    source = broken_pictures(tmp_path / "data", 48, {5, 29})
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+    run(config, tmp_path / "whole", quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "replaced.jsonl").read_text().splitlines()]
+    assert all("not a picture" in line["error"] for line in lines)
+    assert {line["error"].split(".png")[0][-3:] for line in lines} == {"005", "029"}
+    recipe = build(config, tmp_path / "cut")
+    loop = Loop(recipe, tmp_path / "cut", quiet=True)
+    update = loop.update
+
+    def signalled():
+        if loop.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update()
+
+    loop.update = signalled
+    with pytest.raises(Interrupted):
+        loop.run()
+    run(config, tmp_path / "cut", quiet=True)
+    assert (tmp_path / "cut" / "replaced.jsonl").read_text() == (tmp_path / "whole" / "replaced.jsonl").read_text()
+    assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
+
+
+def test_too_much_that_cannot_be_read_stops_the_run(tmp_path):
+    config = dvae_config(12)
+    source = broken_pictures(tmp_path / "data", 40, set(range(0, 40, 3)))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+    with pytest.raises(TrainingError, match=r"samples cannot be read \(.*replaced.jsonl lists them; the last: .*png"):
+        run(config, tmp_path / "run", quiet=True)
+    allowed = dataclasses.replace(config, loop=dataclasses.replace(config.loop, max_replaced=1.0))
+    assert run(allowed, tmp_path / "run2", quiet=True).step == 12

@@ -58,7 +58,7 @@ __device__ __forceinline__ float add(float a, float b) { return a + b; }
 __device__ __forceinline__ float shift_of(float largest) { return largest == -INFINITY ? 0.0f : largest; }
 
 // s[0] += q . keys^T
-template <int kCount, int kDim, typename T>
+template <int kCount, int kDim, typename T, std::enable_if_t<sizeof(T) == 2, int> = 0>
 __device__ __forceinline__ void score(float (&s)[1][kCount / 8][4], const T* q, const T* keys) {
   multiply_transposed<kDim>(s, [&](uint32_t* a, int, int c) { load_a<kDim>(a, q, 0, c); }, keys, 0);
 }
@@ -82,7 +82,7 @@ __device__ __forceinline__ void score(float (&s)[1][kCount / 8][4], const float*
 }
 
 // out = out * keep + weights . values
-template <int kCount, int kDim, typename T>
+template <int kCount, int kDim, typename T, std::enable_if_t<sizeof(T) == 2, int> = 0>
 __device__ __forceinline__ void accumulate(float (&out)[kDim / 8][4], const float* keep,
                                            const float (&weights)[1][kCount / 8][4], const T* values) {
   DF_UNROLL

@@ -82,6 +82,8 @@ class LoopConfig:
     max_skipped: int = 20
     """Updates in a row that may be skipped for gradients that are not finite; with fp16-resblock, 125 more, and the
     count begins anew whenever a scale falls."""
+    max_replaced: float = 0.1
+    """Share of the samples between two log lines that may be unreadable and replaced; more of them stop the run."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "ema_every", "log_every", "save_every"):
@@ -96,6 +98,8 @@ class LoopConfig:
             raise ConfigError(f"precision: expected auto, fp32, bf16 or fp16-resblock, got {self.precision!r}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device: expected auto, cpu or cuda, got {self.device!r}")
+        if not 0 <= self.max_replaced <= 1:
+            raise ConfigError(f"max_replaced: expected a share from 0 to 1, got {self.max_replaced}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
 

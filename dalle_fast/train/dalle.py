@@ -84,7 +84,7 @@ class DALLERecipe(Recipe):
         self.model.tokenizer = Tokenizer.train(self.dataset.captions, model.text_vocab_size)
         self.model.set_checkpointing(config.loop.checkpointing)
         self.plateau = PlateauHalving() if config.schedule == "plateau" else None
-        self._table: tuple[torch.Tensor, list[str]] | None = None
+        self._table: list[Any] | None = None  # tokens [n, h * w], captions
         self._evaluation: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -149,21 +149,25 @@ class DALLERecipe(Recipe):
         ]
         return torch.cat(parts).flatten(1)
 
-    def _encode_dataset(self, dataset: PairDataset) -> tuple[torch.Tensor, list[str]]:
-        tokens, captions = [], []
+    def _encode_dataset(self, dataset: PairDataset) -> tuple[torch.Tensor, list[str], list[str]]:
+        """Tokens, captions, and what could not be read."""
+        tokens, captions, replaced = [], [], []
         for begin in range(0, len(dataset), 256):
             indices = range(begin, min(begin + 256, len(dataset)))
             batch = load_batch(dataset, indices, size=self.image_size)
             tokens.append(self._encode(batch.images))
             captions += batch.captions
-        return torch.cat(tokens), captions
+            replaced += batch.replaced
+        return torch.cat(tokens), captions, replaced
 
     def _tokens(self, step: int) -> tuple[torch.Tensor, list[str]]:
         if self.data.augment != "none" or len(self.dataset) > _MAX_TOKEN_TABLE:
             batch = self.batch(step)
             return self._encode(batch.images), batch.captions
         if self._table is None:
-            self._table = self._encode_dataset(self.dataset)
+            *self._table, replaced = self._encode_dataset(self.dataset)
+            if step == 0:  # a resumed run has listed them
+                self.replaced += replaced
         size = self.loop.batch_size
         indices = sample_indices(self.loop.seed, step * size, size, len(self.dataset))
         tokens, captions = self._table

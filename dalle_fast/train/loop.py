@@ -61,6 +61,7 @@ class _Window:
 
     count: int = 0
     skipped: int = 0
+    replaced: int = 0
     sums: dict[str, float] = field(default_factory=dict)
 
     def add(self, metrics: dict[str, float]) -> None:
@@ -292,12 +293,15 @@ class Loop:
         while self.step < self.config.steps:
             metrics = self.update()
             self.window.add(metrics)
+            self._list_replaced()
             meter.update(self.step, metrics["loss"], self.config.batch_size)
             last = self.step == self.config.steps
             if self.step % self.config.log_every == 0 or last:
                 values = {**self.window.means(), "learning_rate": self.recipe.learning_rate(self.step - 1)}
                 if self.window.skipped:
                     values["skipped"] = self.window.skipped
+                if self.window.replaced:
+                    values["replaced"] = self.window.replaced
                 if self.scaler is not None:
                     low, high = self.scaler.scales.log2().aminmax()
                     values["log2_scale_min"], values["log2_scale_max"] = float(low), float(high)
@@ -316,6 +320,24 @@ class Loop:
         if saved_at != self.step:
             self.save()
         return self.run_dir / "checkpoints" / f"step-{self.step:08d}"
+
+    def _list_replaced(self) -> None:
+        """Writes what could not be read to replaced.jsonl; stops the run when it is too much."""
+        errors, self.recipe.replaced = self.recipe.replaced, []
+        if not errors:
+            return
+        listed = MetricsLog(self.run_dir / "replaced.jsonl", self.step - 1)
+        for error in errors:
+            listed.write({"step": self.step, "error": error})
+        listed.close()
+        self.window.replaced += len(errors)
+        samples = self.config.batch_size * max(self.config.log_every, self.window.count)
+        if self.window.replaced > self.config.max_replaced * samples:
+            raise TrainingError(
+                f"step {self.step}: {self.window.replaced} of the last {self.config.batch_size * self.window.count} "
+                f"samples cannot be read ({self.run_dir / 'replaced.jsonl'} lists them; the last: {errors[-1]}). "
+                "Mend the data, or allow more with --loop.max-replaced."
+            )
 
     def _write(self, values: dict[str, float], log: MetricsLog, meter: Meter, board: _Board) -> None:
         self.last.update(values)

@@ -31,7 +31,8 @@ class Recipe(ABC):
         self.loop: LoopConfig = config.loop
         self.data: DataConfig = config.data
         self.device = device
-        self.bad_samples: dict[str, int] = {}
+        self.replaced: list[str] = []
+        """Samples that could not be read, each with its reason, since the loop last looked."""
 
     def open_data(self, split: str | None = None) -> PairDataset:
         """The dataset of a split (default: the training one).
@@ -48,7 +49,7 @@ class Recipe(ABC):
         """The samples of an update: a pure function of (seed, step)."""
         start = step * self.loop.batch_size
         indices = sample_indices(self.loop.seed, start, self.loop.batch_size, len(self.dataset))
-        return load_batch(
+        batch = load_batch(
             self.dataset,
             indices,
             size=self.image_size,
@@ -56,6 +57,8 @@ class Recipe(ABC):
             seed=self.loop.seed,
             counters=range(start, start + len(indices)),
         )
+        self.replaced += batch.replaced
+        return batch
 
     @abstractmethod
     def optimizer(self) -> torch.optim.Optimizer:

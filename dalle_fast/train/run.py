@@ -26,7 +26,8 @@ RECIPES: dict[str, tuple[type, type[Recipe]]] = {
 }
 # What may change between the sessions of a run without changing what it computes.
 _FREE = {"dvae"} | {
-    f"loop.{name}" for name in ("save_every", "keep", "sample_every", "log_histograms", "device", "max_skipped")
+    f"loop.{name}"
+    for name in ("save_every", "keep", "sample_every", "log_histograms", "device", "max_replaced", "max_skipped")
 }
 
 
