@@ -155,6 +155,7 @@ def test_updates_without_finite_gradients_are_skipped_then_stop_the_run(tmp_path
     assert all(torch.isfinite(p).all() for p in loop.model.parameters())
     lines = log_of(tmp_path)
     assert [line["step"] for line in lines if line.get("skipped")] == [4, 9, 13, 14, 15]
+    assert all(("grad_norm" in line) != ("skipped" in line) for line in lines if "loss" in line)
     tensors = store.read_tensors(store.find_latest(tmp_path) / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in tensors.values())
 

@@ -70,7 +70,8 @@ class _Window:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        return {name: value / self.count for name, value in self.sums.items()}
+        updates = self.count - self.skipped  # the only ones with a gradient norm
+        return {name: value / (updates if name == "grad_norm" else self.count) for name, value in self.sums.items()}
 
 
 def precision_of(name: str, device: torch.device) -> torch.dtype:
@@ -117,7 +118,7 @@ class Loop:
     # ---- one update
 
     def update(self) -> dict[str, float]:
-        """One update. Returns its metrics; skips the weights when a gradient is not finite."""
+        """One update. Returns its metrics; skips the weights, and the gradient norm, when a gradient is not finite."""
         step, config = self.step, self.config
         rate = self.recipe.learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -151,6 +152,7 @@ class Loop:
             self.skipped_in_a_row = 0
             self.recipe.after_step(totals["loss"])
         else:
+            del totals["grad_norm"]
             self._skip()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
