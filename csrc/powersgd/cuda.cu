@@ -272,7 +272,7 @@ __device__ __forceinline__ void multiply_step(float (*sum)[kTiles][4], const flo
     for (int j = 0; j < 4; ++j) {
       uint32_t high, low;
       split_tf32(high, low, x.at[j]);
-      right[j] = kLow ? low : float_bits(x.at[j]);  // bits below those of tf32 are ignored
+      right[j] = kLow ? low : high;
     }
     DF_UNROLL
     for (int i = 0; i < 4; ++i) mma_16x8x8_tf32(sum[i % 2][n + i / 2], left + i % 2 * 4, right + i / 2 * 2);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from ..models import DALLE, DVAE, DALLEConfig
 from ..nn import Conv2d, categorical_kl, logit_laplace_nll, map_pixels
 from ..nn.precision import full_precision
+from ..ops import gumbel_softmax
 from .rows import Row, relative
 
 
@@ -35,10 +37,12 @@ def plain_dalle_loss(model: DALLE, text: torch.Tensor, image: torch.Tensor, mask
     return weight * text_loss + (1 - weight) * image_loss
 
 
-def plain_dvae_loss(model: DVAE, images: torch.Tensor, tau: float, beta: float) -> torch.Tensor:
+def plain_dvae_loss(
+    model: DVAE, images: torch.Tensor, tau: float, beta: float, relax: Callable[..., torch.Tensor] = F.gumbel_softmax
+) -> torch.Tensor:
     """`DVAE.forward` in PyTorch ops."""
     logits = model.encode_logits(images)
-    stats = model.decode_soft(F.gumbel_softmax(logits, tau, dim=1))
+    stats = model.decode_soft(relax(logits, tau, dim=1))
     nll = logit_laplace_nll(stats, map_pixels(images)).mean()
     return nll + beta * categorical_kl(logits).sum() / images.numel()
 
@@ -119,7 +123,8 @@ def dvae_row(dtype: torch.dtype, *, small: bool = False, device: str = "cpu") ->
     images = images.contiguous(memory_format=torch.channels_last)
     options = {"tau": 0.5, "beta": 6.6, "seed": 1}
     ours = _step(model, lambda: model(images, **options).loss, dtype)
-    exact = _step(double, lambda: double(images.double(), **options).loss, torch.float32)
+    same_noise = functools.partial(gumbel_softmax, seed=options["seed"], backend="reference")
+    exact = _step(double, lambda: plain_dvae_loss(double, images.double(), 0.5, 6.6, same_noise), torch.float32)
     weights = [p for p in model.parameters()]
     return Row(
         f"dVAE step demo preset {str(dtype)[6:]}",

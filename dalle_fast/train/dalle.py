@@ -168,6 +168,7 @@ class DALLERecipe(Recipe):
             *self._table, replaced = self._encode_dataset(self.dataset)
             if step == 0:  # a resumed run has listed them
                 self.replaced += replaced
+                self.examined += len(self.dataset)
         size = self.loop.batch_size
         indices = sample_indices(self.loop.seed, step * size, size, len(self.dataset))
         tokens, captions = self._table

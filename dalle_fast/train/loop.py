@@ -62,6 +62,7 @@ class _Window:
     count: int = 0
     skipped: int = 0
     replaced: int = 0
+    examined: int = 0
     sums: dict[str, float] = field(default_factory=dict)
 
     def add(self, metrics: dict[str, float]) -> None:
@@ -325,19 +326,24 @@ class Loop:
 
     def _list_replaced(self) -> None:
         """Writes what could not be read to replaced.jsonl; stops the run when it is too much."""
-        errors, self.recipe.replaced = self.recipe.replaced, []
+        recipe, window = self.recipe, self.window
+        errors, recipe.replaced = recipe.replaced, []
+        window.examined += recipe.examined
+        window.replaced += len(errors)
+        recipe.examined = 0
         if not errors:
             return
         listed = MetricsLog(self.run_dir / "replaced.jsonl", self.step - 1)
         for error in errors:
             listed.write({"step": self.step, "error": error})
         listed.close()
-        self.window.replaced += len(errors)
-        samples = self.config.batch_size * max(self.config.log_every, self.window.count)
-        if self.window.replaced > self.config.max_replaced * samples:
+        # a window that has just begun is judged as a whole one
+        if window.replaced > self.config.max_replaced * max(
+            window.examined, self.config.batch_size * self.config.log_every
+        ):
             raise TrainingError(
-                f"step {self.step}: {self.window.replaced} of the last {self.config.batch_size * self.window.count} "
-                f"samples cannot be read ({self.run_dir / 'replaced.jsonl'} lists them; the last: {errors[-1]}). "
+                f"step {self.step}: {window.replaced} of the last {window.examined} samples cannot be read "
+                f"({self.run_dir / 'replaced.jsonl'} lists them; the last: {errors[-1]}). "
                 "Mend the data, or allow more with --loop.max-replaced."
             )
 

@@ -33,6 +33,8 @@ class Recipe(ABC):
         self.device = device
         self.replaced: list[str] = []
         """Samples that could not be read, each with its reason, since the loop last looked."""
+        self.examined = 0
+        """Samples that were read or replaced since then."""
 
     def open_data(self, split: str | None = None) -> PairDataset:
         """The dataset of a split (default: the training one).
@@ -58,6 +60,7 @@ class Recipe(ABC):
             counters=range(start, start + len(indices)),
         )
         self.replaced += batch.replaced
+        self.examined += len(indices)
         return batch
 
     @abstractmethod

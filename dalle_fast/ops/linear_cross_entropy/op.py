@@ -13,6 +13,7 @@ import threading
 import torch
 
 from .._backend import _C, stream_of
+from .._products import addmm, mm
 from .._register import no_second_derivative, register_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,11 +72,9 @@ def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """a @ b in `dtype`, which may be float32 where the operands have 16 bits."""
-    if a.dtype == dtype:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
+    if a.is_cuda and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype, out=out)
-    return torch.mm(a.to(dtype), b.to(dtype), out=out)  # the CUDA path on the host executor
+    return mm(a.to(dtype), b.to(dtype), out=out)  # of two dtypes: the CUDA path on the host executor
 
 
 def _implementation(
@@ -130,7 +129,7 @@ def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
         if gemm_bias is None:
             _mm(gemm_x[rows], gemm_weight.t(), logits_dtype, out=logits)
         elif dtype == logits_dtype:
-            torch.addmm(gemm_bias, gemm_x[rows], gemm_weight.t(), out=logits)
+            addmm(gemm_bias, gemm_x[rows], gemm_weight.t(), out=logits)
         else:
             _mm(gemm_x[rows], gemm_weight.t(), logits_dtype, out=logits).add_(gemm_bias)
         dlogits = None
@@ -154,7 +153,7 @@ def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
                 if begin == 0:
                     _mm(dlogits.t(), gemm_x[rows], dweight.dtype, out=dweight)
                 elif dtype == logits_dtype:
-                    dweight.addmm_(dlogits.t(), gemm_x[rows])
+                    addmm(dweight, dlogits.t(), gemm_x[rows], out=dweight)
                 else:
                     dweight.add_(_mm(dlogits.t(), gemm_x[rows], dweight.dtype))
             else:
