@@ -222,7 +222,7 @@ class DVAE(nn.Module):
         x = head.relu(x)
         with full_precision(x):  # codes that are never laid out: z is the stem's output
             z, kl = vq_bottleneck(
-                x.float(),
+                x.to(head.conv.w.dtype),
                 head.conv.w,
                 head.conv.b,
                 stem.w,
