@@ -115,6 +115,49 @@ def test_backend_cpu_is_refused_on_cuda_tensors(room):
         room.function(*args, **kwargs, backend="cpu")
 
 
+def test_decoding_replays_one_graph():
+    from tiny import DALLE as SMALL
+
+    from dalle_fast.models import DALLE
+    from dalle_fast.sample.decoder import ImageDecoder
+
+    torch.manual_seed(0)
+    model = DALLE(SMALL).cuda().eval()
+    text = torch.randint(SMALL.text_vocab_size, (2, SMALL.text_len), device="cuda")
+    image = torch.randint(SMALL.image_vocab_size, (6, SMALL.image_len), device="cuda")
+
+    def logits(count_on_device):
+        decoder = ImageDecoder(model, text, 6, count_on_device=count_on_device)
+        steps = [decoder(image[:, i - 1] if i else None).clone() for i in range(SMALL.image_len)]
+        assert (decoder._replay is not None) == count_on_device
+        return torch.stack(steps)
+
+    torch.testing.assert_close(logits(True), logits(False), rtol=1e-5, atol=1e-5)
+
+
+def test_a_recorded_update_counts_its_own_steps():
+    def parameters():
+        generator = torch.Generator("cuda").manual_seed(0)
+        made = [torch.nn.Parameter(torch.randn(n, generator=generator, device="cuda")) for n in (5000, 33)]
+        for p in made:
+            p.grad = torch.randn(p.shape, generator=generator, device="cuda")
+        return made
+
+    eager, recorded = parameters(), parameters()
+    plain, capturable = AdamW16(eager, lr=1e-2), AdamW16(recorded, lr=1e-2, capturable=True)
+    plain.step()
+    capturable.step()  # makes the state
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        capturable.step()
+    for _ in range(5):
+        plain.step()
+        graph.replay()
+    for a, b in zip(eager, recorded, strict=True):
+        assert torch.equal(a, b)
+        assert int(capturable.state[b]["step"]) == 6
+
+
 # ---- more than 2^31 elements: the end of a large call is what the call on the end alone gives
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from dalle_fast.bench.optimizers import adamw_row
 from dalle_fast.bench.rows import Call, Row, relative, size_of
+from dalle_fast.bench.vocabularies import vocabulary_row
 from dalle_fast.ops import (
     AttentionPattern,
     decode_attention,
@@ -25,6 +26,7 @@ from dalle_fast.ops import (
     powersgd_project,
     powersgd_reconstruct,
     sparse_attention,
+    vq_bottleneck,
 )
 from dalle_fast.ops.decode_attention.reference import decode_attention_reference
 from dalle_fast.ops.sparse_attention.reference import sparse_attention_reference
@@ -259,6 +261,48 @@ def _gumbel_rows(device: str, small: bool) -> Iterator[Row]:
         )
 
 
+def _bottleneck_rows(device: str, small: bool) -> Iterator[Row]:
+    batch, width, side, codes, dim = (2, 16, 4, 64, 8) if small else (8, 2048, 32, 8192, 128)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(batch, side, side, width, device=device).to(dtype).permute(0, 3, 1, 2).requires_grad_()
+        weight = (torch.randn(codes, width, device=device) * width**-0.5).to(dtype).requires_grad_()
+        bias = torch.zeros(codes, device=device, dtype=dtype, requires_grad=True)
+        book = (torch.randn(dim, codes, device=device) * 0.1).to(dtype).requires_grad_()
+        inputs = (x, weight, bias, book)
+
+        def both(function, inputs=inputs) -> Call:
+            def run():
+                out, kl = function(*inputs)
+                return torch.autograd.grad((out, kl), inputs, (torch.ones_like(out), torch.ones_like(kl)))
+
+            return run
+
+        def composed(x, weight, bias, book):
+            logits = F.conv2d(x, weight[:, :, None, None], bias)
+            log_q = F.log_softmax(logits.float(), 1)
+            return F.conv2d(F.gumbel_softmax(logits, 0.5, dim=1), book[:, :, None, None]), (log_q.exp() * log_q).sum(1)
+
+        def error(inputs=inputs):
+            part = [inputs[0][:1, :, :2].detach(), *(t.detach() for t in inputs[1:])]
+            exact, _ = vq_bottleneck(*(t.double() for t in part), 0.5, seed=1, backend="reference")
+            return relative(vq_bottleneck(*part, 0.5, seed=1)[0], exact)
+
+        cells = batch * side * side
+        yield Row(
+            f"vq_bottleneck {cells}x{width}x{codes}x{dim} {str(dtype)[6:]} forward+backward",
+            both(lambda *inputs: vq_bottleneck(*inputs, 0.5, seed=1)),
+            error,
+            1e-4 if dtype == torch.float32 else 2e-2,
+            3 * size_of(*inputs) + 3 * cells * dim * x.element_size(),
+            2 * cells * codes * (4 * width + 3 * dim),
+            {
+                "composed ops": lambda both=both, composed=composed: both(composed),
+                "the same, compiled": lambda both=both, composed=composed: both(torch.compile(composed, dynamic=False)),
+            },
+            flop_dtype=dtype,
+        )
+
+
 # ---- linear_cross_entropy
 
 
@@ -304,6 +348,8 @@ def _loss_rows(device: str, small: bool) -> Iterator[Row]:
     part = 64 if small else 1
     yield _loss_row(device, "text", 2048 // part, 3968 // part, 16384 // part)
     yield _loss_row(device, "image", 8192 // part, 3968 // part, 8192 // part)
+    sizes = {"text": (2048 // part, 16384 // part), "image": (8192 // part, 8192 // part), "width": 3968 // part}
+    yield vocabulary_row(torch.bfloat16, **sizes, device=device)
 
 
 # ---- PowerSGD and the optimizer
@@ -408,6 +454,7 @@ def all_rows(device: str, small: bool) -> Iterator[tuple[str, Callable[[], Row]]
         _sparse_rows,
         _decode_rows,
         _gumbel_rows,
+        _bottleneck_rows,
         _loss_rows,
         _householder_rows,
         _powersgd_rows,
