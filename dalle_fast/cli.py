@@ -231,12 +231,16 @@ def _bench(args: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=1000.0, help="rows that begin later are timed without peers")
     parser.add_argument("--out", default="", help="folder for JSON and HTML; empty: print only")
     parser.add_argument("--check", default="", help="JSON of an earlier run: fail where a ratio fell under 0.7 of it")
+    parser.add_argument("--table", default="", help="JSON of a run: print it as a Markdown table and stop")
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="two JSON files: print both and stop")
     arguments = parser.parse_args(args)
     import torch
 
     from . import bench
 
+    if arguments.table:
+        print(bench.markdown(bench.load(arguments.table)))
+        return
     if arguments.compare:
         print(bench.compare(*map(bench.load, arguments.compare)))
         return

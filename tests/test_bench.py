@@ -84,7 +84,7 @@ def test_files_are_whole_and_safe(tmp_path):
     assert "<script>" not in page
     assert "wrong" in page
     assert "http" not in page, "the page needs no other file"
-    assert "| 1" in bench.markdown(bench.load(path)) or "peer" in bench.markdown(bench.load(path))
+    assert "| peer |" in bench.markdown(bench.load(path))
 
 
 def test_a_lost_ratio_is_found_on_the_same_machine_only():
@@ -106,6 +106,8 @@ def test_compare_shows_both(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1.00x" in printed
     assert "sleeping" in printed
+    main(["bench", "--table", str(path)])
+    assert "| sleeping | " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,7 @@ def test_compare_shows_both(tmp_path, capsys):
         (["--only", "nothing like this"], "no row matches"),
         (["--threads", "-1"], "--threads: expected"),
         (["--check", "/nowhere.json"], "not a benchmark result"),
+        (["--table", "/nowhere.json"], "not a benchmark result"),
         (["--compare", "/nowhere.json", "/nowhere.json"], "not a benchmark result"),
     ],
 )

@@ -119,8 +119,14 @@ inline std::size_t dynamic_shared_limit(int device) {
 }
 template <typename Kernel>
 void allow_dynamic_shared(Kernel kernel, std::size_t bytes) {
-  if (bytes > 32 * 1024)
-    DF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  if (bytes <= 32 * 1024) return;
+  cudaFuncAttributes now;
+  DF_CUDA_CHECK(cudaFuncGetAttributes(&now, kernel));
+  if (static_cast<std::size_t>(now.maxDynamicSharedSizeBytes) >= bytes) return;
+  int device = 0;  // all that there is: another host thread may be about to launch with more
+  DF_CUDA_CHECK(cudaGetDevice(&device));
+  const std::size_t most = dynamic_shared_limit(device) - now.sharedSizeBytes;
+  DF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)));
 }
 
 // Whether blocks can form clusters: kernels for other devices are compiled with clusters of one.
