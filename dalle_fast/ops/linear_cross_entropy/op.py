@@ -12,6 +12,7 @@ import threading
 
 import torch
 
+from .._autocast import without_autocast
 from .._backend import _C, stream_of
 from .._products import addmm, mm
 from .._register import no_second_derivative, register_op
@@ -77,22 +78,7 @@ def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, out: torch.Tensor 
     return mm(a.to(dtype), b.to(dtype), out=out)  # of two dtypes: the CUDA path on the host executor
 
 
-def _implementation(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None,
-    ignore_index: int,
-    compute: torch.dtype,
-    needs: int,
-    chunk_rows: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if torch.is_autocast_enabled(x.device.type):  # the products below are in `compute` already
-        with torch.autocast(x.device.type, enabled=False):
-            return _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows)
-    return _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows)
-
-
+@without_autocast  # the products are in `compute` already
 def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
     num_rows, num_codes = x.shape[0], weight.shape[0]
     stats = torch.empty(2, dtype=torch.int64, device=x.device)
@@ -234,7 +220,7 @@ linear_cross_entropy = register_op(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor target, Tensor? bias, int ignore_index, ScalarType compute, int needs, "
     "SymInt chunk_rows) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
-    _implementation,
+    _run,
     _fake,
     setup_context=_setup_context,
     backward=_backward,
