@@ -57,15 +57,21 @@ def bits(tensor):
 
 @pytest.fixture
 def executor(monkeypatch):
-    """Puts the executor's extension in the place of the CPU one, for a room."""
+    """Puts the executor's extension in the place of the CPU one, for a room. Memory that nobody has written is NaN in
+    the block's shared memory and, by torch's deterministic mode, in outputs and workspaces.
+    """
 
     def use(room):
         monkeypatch.setattr(importlib.import_module(f"dalle_fast.ops.{room.name}.op"), "_C", _C_simt)
         return _C_simt
 
-    yield use
-    if _C_simt is not None:
-        _C_simt.simt_seed(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield use
+    finally:
+        torch.use_deterministic_algorithms(False)
+        if _C_simt is not None:
+            _C_simt.simt_seed(1)
 
 
 @pytest.mark.parametrize(("room", "case", "dtype"), CASES)
