@@ -269,10 +269,9 @@ __device__ __forceinline__ void multiply_step(float (*sum)[kTiles][4], const flo
     const Four<float> x = reinterpret_cast<const Four<float>*>(fragments)[n / 2 * 32 + threadIdx.x % 32];
     uint32_t right[4];
     DF_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      uint32_t high, low;
-      split_tf32(high, low, x.at[j]);
-      right[j] = kLow ? low : high;
+    for (int j = 0; j < 4; ++j) {  // cut off, not rounded: the upper part is the word as it is, and saves a register
+      const uint32_t word = float_bits(x.at[j]);
+      right[j] = kLow ? float_bits(x.at[j] - bits_float(word & 0xffffe000u)) : word;
     }
     DF_UNROLL
     for (int i = 0; i < 4; ++i) mma_16x8x8_tf32(sum[i % 2][n + i / 2], left + i % 2 * 4, right + i / 2 * 2);
