@@ -130,7 +130,7 @@ def dvae_row(dtype: torch.dtype, *, small: bool = False, device: str = "cpu") ->
         f"dVAE step demo preset {str(dtype)[6:]}",
         ours,
         _error(ours, exact, model, double),
-        1e-3 if dtype == torch.float32 else 0.2,  # autocast rounds each of the convolutions, the plain model's too
+        5e-3 if dtype == torch.float32 else 0.2,  # autocast rounds each of the convolutions, the plain model's too
         3 * 4 * sum(p.numel() for p in weights) + 3 * 4 * images.numel(),
         0,
         {"plain PyTorch": lambda: _step(model, lambda: plain_dvae_loss(model, images, 0.5, 6.6), dtype)},

@@ -47,7 +47,7 @@ class Room:
     benchmarks: tuple[Case, ...] = ()
     """Calls to time, at the sizes people use."""
     benchmark_bound: float = 0.0
-    """What ||ours - float64|| / ||float64|| of a benchmark may be; 0: the larger number of the tolerance."""
+    """What ||ours - float64|| / ||float64|| of a benchmark may be; 0: twice the larger number of the tolerance."""
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     """name -> function of the same arguments: what users would call otherwise, called its best way."""
 
