@@ -7,10 +7,7 @@ Needs torch, pybind11, cmake, ninja, pytest with xdist and timeout, nvcc and com
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -42,7 +39,7 @@ def main() -> int:
 
         if not torch.cuda.is_available():
             parser.exit(2, f"make gpu: torch {torch.__version__} sees no CUDA device; `nvidia-smi` says why\n")
-    report: dict = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+    report: dict = {}
     failed = []
     started = time.monotonic()
     for step in steps:
@@ -56,30 +53,26 @@ def main() -> int:
             failed.append(step)
             if step == "build":
                 return 1
-    report["machine"] = machine(options.device)
+    from dalle_fast import bench  # after the build
+
+    facts, table = machine(options.device), {"roofs": {}, "rows": []}
     if "table" in steps:
         print("== table", flush=True)
-        from dalle_fast.bench.table import failures, run, show
-        from dalle_fast.bench.timing import Timer
-
         from .rows import all_rows
 
-        timer = Timer(options.device, budget=1.0 if options.small else 3.0)
+        timer = bench.Timer(options.device, budget=1.0 if options.small else 3.0)
         rows = all_rows(options.device, options.small)
-        report["table"] = run(rows, timer, only=options.only, seconds=TABLE_SECONDS)
-        if failures(report["table"]):
+        table = bench.run(rows, timer, only=options.only, seconds=TABLE_SECONDS)
+        if bench.failures(table):
             failed.append("table")
     report["seconds"] = round(time.monotonic() - started, 1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    device = report["machine"]["device"].replace("NVIDIA ", "").replace(" ", "-").lower()
-    path = options.out / f"{report['date'][:10]}-{device}-{report['machine']['commit'][:10]}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\n{report['machine']['device']}, {report['seconds']} s, written to {path}")
+    path = bench.save(table, options.out, facts, **report)
+    print(f"\n{facts['device']}, {report['seconds']} s, written to {path}")
     for step in steps:
         if step != "table":
             print(f"{step}: {'ok' if report[step]['ok'] else 'FAILED'}; {report[step]['summary']}")
     if "table" in steps:
-        print(show(report["table"]))
+        print(bench.show(table))
     return 1 if failed else 0
 
 
@@ -172,14 +165,9 @@ def machine(device: str) -> dict:
     """What a figure has to be read with."""
     import torch
 
-    facts = {
-        "device": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "commit": command(["git", "rev-parse", "HEAD"], 10)[1].strip() if (ROOT / ".git").exists() else "",
-    }
-    facts["commit"] = facts["commit"] if re.fullmatch(r"[0-9a-f]{40}", facts["commit"]) else "unknown"
+    from dalle_fast import bench
+
+    facts = bench.machine()
     if device == "cuda":
         facts["device"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda

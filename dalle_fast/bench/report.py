@@ -57,10 +57,10 @@ def _commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def save(table: dict, folder: Path, facts: dict[str, Any]) -> Path:
-    """Writes `<date>-<machine>-<commit>.json` and the page beside it; returns the JSON's path."""
+def save(table: dict, folder: Path, facts: dict[str, Any], **more: Any) -> Path:
+    """Writes `<date>-<machine>-<commit>.json`, with `more` in it, and the page beside it; returns the JSON's path."""
     now = datetime.datetime.now().astimezone()
-    report = {"date": now.isoformat(timespec="seconds"), "machine": facts, "table": table}
+    report = {"date": now.isoformat(timespec="seconds"), "machine": facts, **more, "table": table}
     name = "".join(c if c.isalnum() else "-" for c in facts["device"].replace("NVIDIA ", "").lower()).strip("-")
     path = folder / f"{now:%Y-%m-%d}-{name}-{facts['commit'][:10]}.json"
     folder.mkdir(parents=True, exist_ok=True)
