@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,15 +127,35 @@ class CLIP(nn.Module):
             raise ValueError(f"captions: expected 1 or {images.shape[0]}, got {len(captions)}")
         return (self.encode_image(images) * self.encode_text(captions)).sum(dim=1)
 
-    def loss(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """Symmetric cross-entropy over the batch; equal captions count as matches of each other's pictures."""
-        image, text = self.encode_image(images), self.encode_text(captions)
-        logits = self.model.logit_scale.exp() * image @ text.t()
+    def loss(
+        self,
+        images: torch.Tensor,
+        captions: list[str],
+        rows: range | None = None,
+        gather: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    ) -> torch.Tensor:
+        """Symmetric cross-entropy over the batch; equal captions count as matches of each other's pictures.
+
+        Args:
+            images: [n, 3, H, W] floating in [0, 1].
+            captions: of the whole batch.
+            rows: those of the batch that `images` holds; None: all.
+            gather: vectors [n, embed_dim] of these rows -> those of the whole batch, with their gradient.
+
+        Returns:
+            Mean over the rows.
+        """
+        rows = range(len(captions)) if rows is None else rows
+        own = slice(rows.start, rows.stop)
+        image, text = self.encode_image(images), self.encode_text(captions[own])
+        scale = self.model.logit_scale.exp()
         ids = {caption: i for i, caption in enumerate(captions)}
-        group = torch.tensor([ids[caption] for caption in captions], device=logits.device)
-        same = (group[:, None] == group[None]).to(logits.dtype)
+        group = torch.tensor([ids[caption] for caption in captions], device=image.device)
+        same = (group[own, None] == group[None]).to(image.dtype)
         target = same / same.sum(dim=1, keepdim=True)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+        by_image = F.cross_entropy(scale * image @ gather(text).t(), target)
+        by_text = F.cross_entropy(scale * text @ gather(image).t(), target)
+        return (by_image + by_text) / 2
 
 
 def _named(config: CLIPConfig):

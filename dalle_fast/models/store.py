@@ -7,13 +7,14 @@ text file with the name of the newest one; a damaged folder is passed over for t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def _serialize(value: Any) -> bytes:
+def serialize(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
@@ -95,21 +96,33 @@ def save_snapshot(
         CheckpointError: it could not be written (a full disk, say); what was there before is untouched.
     """
     phase = on_phase or (lambda _: None)
-    final = parent / name
-    aside = parent / f".{name}.tmp"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        entries = {}
+    with writing(parent, name, phase) as (aside, entries):
         for file_name, value in files.items():
             phase(f"write {file_name}")
-            content = _serialize(value)
+            content = serialize(value)
             with open(aside / file_name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             entries[file_name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return parent / name
+
+
+@contextlib.contextmanager
+def writing(parent: Path, name: str, phase: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, dict]]]:
+    """Gives a folder to write into, and the manifest's entries to fill; at the end it becomes `parent/name`.
+
+    Raises:
+        CheckpointError: an OSError came up; nothing of the folder is left.
+    """
+    final = parent / name
+    aside = parent / f".{name}.tmp"
+    entries: dict[str, dict] = {}
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        yield aside, entries
         phase("manifest")
         write_atomic(aside / MANIFEST, json.dumps({"version": 1, "files": entries}, indent=1).encode())
         _sync_folder(aside)
@@ -128,7 +141,6 @@ def save_snapshot(
             f"earlier ones are untouched{hint}"
         ) from error
     phase("done")
-    return final
 
 
 # ---- reading
@@ -158,13 +170,20 @@ def verify(folder: Path) -> None:
             found = path.stat().st_size
             if found != size:
                 raise CheckpointError(f"{path}: expected {size} bytes, found {found}; the checkpoint is damaged")
-            with open(path, "rb") as file:
-                actual = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
-                    hashlib.sha256(file.read()).hexdigest())  # fmt: skip
+            actual = file_hash(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         if actual != digest:
             raise CheckpointError(f"{path}: its SHA-256 is not the manifest's; the checkpoint is damaged")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 24):
+            sha.update(part)
+    return sha.hexdigest()
 
 
 def find_latest(run_dir: Path, on_damaged: Callable[[CheckpointError], None] | None = None) -> Path | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..errors import ConfigError
 from ..models import CLIP, CLIPConfig
 from ..models.clip import TINY
 from ..optim.schedules import cosine, warmup_linear
+from ..parallel.world import World
 from .config import DataConfig, LoopConfig
 from .recipe import Recipe
 
@@ -36,7 +38,7 @@ class CLIPTrainConfig:
     """Share of merges that training leaves out."""
 
     def __post_init__(self) -> None:
-        self.loop.refuse_resblocks("clip")
+        self.loop.refuse_transformer_options("clip")
         if self.loop.accumulate != 1:
             raise ConfigError("loop.accumulate: a contrastive loss needs the whole batch at once, expected 1")
         if not 0 <= self.bpe_dropout < 1:
@@ -50,8 +52,8 @@ class CLIPRecipe(Recipe):
 
     kind = "clip"
 
-    def __init__(self, config: CLIPTrainConfig, device: torch.device) -> None:
-        super().__init__(config, device)
+    def __init__(self, config: CLIPTrainConfig, device: torch.device, world: World | None = None) -> None:
+        super().__init__(config, device, world)
         self.image_size = config.model.image_size
         self.dataset = self.open_data()
         tokenizer = Tokenizer.train(self.dataset.captions, config.text_vocab_size)
@@ -75,10 +77,12 @@ class CLIPRecipe(Recipe):
 
     def prepare(self, step: int) -> dict[str, Any]:
         batch = self.batch(step)
-        return {"images": batch.images.to(self.device).float() / 255, "captions": batch.captions}
+        captions = [*chain(*self.world.gather(batch.captions))]
+        return {"images": batch.images.to(self.device).float() / 255, "captions": captions}
 
     def loss(self, inputs, rows, step):
-        loss = self.model.loss(inputs["images"][rows], inputs["captions"][rows])
+        # a picture is compared with the captions of all ranks
+        loss = self.model.loss(inputs["images"], inputs["captions"], self.rows, self.world.gather_rows)
         return loss, {}
 
     def evaluate(self) -> dict[str, float]:

@@ -62,6 +62,11 @@ class LoopConfig:
     """"auto", "cpu" or "cuda"."""
     checkpointing: bool = False
     """Recompute each resblock in the backward pass: less memory, a third more work."""
+    shard: int = 1
+    """Ranks of a machine that hold one copy of the transformer between them, each a part of every parameter."""
+    powersgd_rank: int = 0
+    """Rank of the factors that the transformer's gradients travel as between copies, in all shards together; 0 sends
+    gradients whole."""
     clip_norm: float = 0.0
     """Largest global gradient norm; 0 is no clipping."""
     ema_decay: float = 0.999
@@ -86,14 +91,16 @@ class LoopConfig:
     """Share of the samples between two log lines that may be unreadable and replaced; more of them stop the run."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "ema_every", "log_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulate", "shard", "ema_every", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("sample_every", "log_histograms", "keep", "max_skipped", "clip_norm", "seed"):
+        for name in ("sample_every", "log_histograms", "keep", "max_skipped", "clip_norm", "seed", "powersgd_rank"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate: expected a divisor of batch_size {self.batch_size}, got {self.accumulate}")
+        if self.powersgd_rank % self.shard:
+            raise ConfigError(f"powersgd_rank: expected a multiple of shard {self.shard}, got {self.powersgd_rank}")
         if self.precision not in ("auto", "fp32", "bf16", "fp16-resblock"):
             raise ConfigError(f"precision: expected auto, fp32, bf16 or fp16-resblock, got {self.precision!r}")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -103,12 +110,15 @@ class LoopConfig:
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
 
-    def refuse_resblocks(self, kind: str) -> None:
-        """For stages without resblocks of a transformer.
+    def refuse_transformer_options(self, kind: str) -> None:
+        """For the other stages.
 
         Raises:
-            ConfigError: an option needs them.
+            ConfigError: an option is for the transformer.
         """
+        for name, value in (("shard", 1), ("powersgd_rank", 0)):
+            if getattr(self, name) != value:
+                raise ConfigError(f"loop.{name}: is for dalle; expected {value} for {kind}")
         if self.precision == "fp16-resblock":
             raise ConfigError(f"loop.precision: fp16-resblock is for dalle; expected auto, fp32 or bf16 for {kind}")
         if self.log_histograms:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ..data import PairDataset, Tokenizer, load_batch, sample_indices
 from ..errors import CheckpointError, ConfigError
@@ -17,6 +19,7 @@ from ..models.store import find_latest, load_model, read_json
 from ..ops import philox
 from ..optim import AdamW16, ResblockGradScaler
 from ..optim.schedules import PlateauHalving, cosine, warmup_linear
+from ..parallel.world import World
 from ..sample import SampleOptions, contact_sheet, generate_tokens, to_uint8
 from .config import DataConfig, LoopConfig
 from .recipe import Recipe
@@ -66,8 +69,14 @@ class DALLERecipe(Recipe):
 
     kind = "dalle"
 
-    def __init__(self, config: DALLETrainConfig, device: torch.device, dvae: str | Path | None = None) -> None:
-        super().__init__(config, device)
+    def __init__(
+        self,
+        config: DALLETrainConfig,
+        device: torch.device,
+        world: World | None = None,
+        dvae: str | Path | None = None,
+    ) -> None:
+        super().__init__(config, device, world)
         folder = Path(dvae or config.dvae)
         self.dvae: DVAE = load_model(folder, expect="dvae").to(device, memory_format=torch.channels_last)
         self.dvae.requires_grad_(False)
@@ -99,6 +108,9 @@ class DALLERecipe(Recipe):
         return torch.optim.AdamW(
             groups, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.blocks)
 
     def gradient_scaler(self) -> ResblockGradScaler | None:
         if self.loop.precision != "fp16-resblock":
@@ -151,14 +163,16 @@ class DALLERecipe(Recipe):
 
     def _encode_dataset(self, dataset: PairDataset) -> tuple[torch.Tensor, list[str], list[str]]:
         """Tokens, captions, and what could not be read."""
-        tokens, captions, replaced = [], [], []
-        for begin in range(0, len(dataset), 256):
-            indices = range(begin, min(begin + 256, len(dataset)))
-            batch = load_batch(dataset, indices, size=self.image_size)
-            tokens.append(self._encode(batch.images))
-            captions += batch.captions
-            replaced += batch.replaced
-        return torch.cat(tokens), captions, replaced
+
+        def encode(begin: int) -> tuple[torch.Tensor, list[str], list[str]]:
+            batch = load_batch(dataset, range(begin, min(begin + 256, len(dataset))), size=self.image_size)
+            return self._encode(batch.images).cpu(), batch.captions, batch.replaced
+
+        starts = range(0, len(dataset), 256)
+        mine = {begin: encode(begin) for begin in starts[self.world.rank :: self.world.size]}
+        parts = {begin: part for found in self.world.gather(mine) for begin, part in found.items()}
+        tokens, captions, replaced = zip(*(parts[begin] for begin in starts), strict=True)
+        return torch.cat(tokens).to(self.device), [*chain(*captions)], [*chain(*replaced)]
 
     def _tokens(self, step: int) -> tuple[torch.Tensor, list[str]]:
         if self.data.augment != "none" or len(self.dataset) > _MAX_TOKEN_TABLE:
@@ -166,11 +180,11 @@ class DALLERecipe(Recipe):
             return self._encode(batch.images), batch.captions
         if self._table is None:
             *self._table, replaced = self._encode_dataset(self.dataset)
-            if step == 0:  # a resumed run has listed them
+            if step == 0 and self.world.is_first:  # a resumed run has listed them
                 self.replaced += replaced
                 self.examined += len(self.dataset)
-        size = self.loop.batch_size
-        indices = sample_indices(self.loop.seed, step * size, size, len(self.dataset))
+        start = step * self.loop.batch_size + self.rows.start
+        indices = sample_indices(self.loop.seed, start, len(self.rows), len(self.dataset))
         tokens, captions = self._table
         return tokens[torch.as_tensor(indices)], [captions[i] for i in indices]
 
@@ -182,23 +196,27 @@ class DALLERecipe(Recipe):
             config.model.text_len,
             dropout=config.bpe_dropout,
             seed=self.loop.seed,
-            counters=range(step * size, (step + 1) * size),
+            counters=range(step * size + self.rows.start, step * size + self.rows.stop),
         )
         if config.caption_dropout:
             # row 0 of this key's noise; its counters never meet the Gumbel noise of another seed
-            u = philox.uniform(self.loop.seed ^ 0x63617074, step, 1, size)[0]
+            u = philox.uniform(self.loop.seed ^ 0x63617074, step, 1, size)[0, self.rows.start : self.rows.stop]
             text[u < config.caption_dropout] = -1
-        return {"text": text.to(self.device), "image": image}
+        counted = (text >= 0).sum()
+        return {"text": text.to(self.device), "image": image, "counted": int(self.world.sum(counted))}
 
     def loss(self, inputs, rows, step):
         text, image = inputs["text"], inputs["image"]
         out = self.model.loss(text[rows], image[rows])
         loss = out.loss
-        if self.loop.accumulate > 1 and not self.config.model.predict_pads:
+        text_loss = out.text_loss
+        parts = self.loop.accumulate * self.world.size
+        if parts > 1 and not self.config.model.predict_pads:
             # parts differ in text tokens, and the text loss is a mean over those of the whole batch
-            share = (text[rows] >= 0).sum() * self.loop.accumulate / (text >= 0).sum().clamp(min=1)
+            share = (text[rows] >= 0).sum() * parts / max(inputs["counted"], 1)
             loss = loss + self.config.model.text_loss_weight * (share - 1) * out.text
-        return loss, {"text_loss": out.text_loss, "image_loss": out.image_loss}
+            text_loss = text_loss * share
+        return loss, {"text_loss": text_loss, "image_loss": out.image_loss}
 
     # ---- looking
 

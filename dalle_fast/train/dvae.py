@@ -13,6 +13,7 @@ from ..data import load_batch
 from ..errors import ConfigError
 from ..models import DVAE, DVAEConfig
 from ..optim.schedules import cosine
+from ..parallel.world import World
 from ..sample import contact_sheet, to_uint8
 from .config import DataConfig, LoopConfig
 from .recipe import Recipe
@@ -45,7 +46,7 @@ class DVAETrainConfig:
     """AdamW's moments."""
 
     def __post_init__(self) -> None:
-        self.loop.refuse_resblocks("dvae")
+        self.loop.refuse_transformer_options("dvae")
         if not 0 < self.final_tau <= 1:
             raise ConfigError(f"final_tau: expected a number in (0, 1], got {self.final_tau}")
         for name in ("learning_rate", "beta", "weight_decay", "final_learning_rate"):
@@ -58,8 +59,8 @@ class DVAERecipe(Recipe):
 
     kind = "dvae"
 
-    def __init__(self, config: DVAETrainConfig, device: torch.device) -> None:
-        super().__init__(config, device)
+    def __init__(self, config: DVAETrainConfig, device: torch.device, world: World | None = None) -> None:
+        super().__init__(config, device, world)
         self.image_size = config.model.image_size
         self.dataset = self.open_data()
         self.model = DVAE(config.model).to(device, memory_format=torch.channels_last)
@@ -93,7 +94,7 @@ class DVAERecipe(Recipe):
             beta=cosine(step, 0.0, config.beta, config.beta_steps),
             seed=self.loop.seed,
             offset=step,
-            row_offset=rows.start * cells,
+            row_offset=(self.rows.start + rows.start) * cells,
         )
         return out.loss, {"nll": out.nll, "kl": out.kl}
 

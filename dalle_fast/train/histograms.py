@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ..errors import DataError
 from ..models import DALLE
 from ..optim import ResblockGradScaler
+from ..parallel.matrices import local_part
+from ..parallel.world import World
 from .report import read_lines
 
 FIRST, LAST = -100, 60
@@ -46,10 +49,11 @@ class GradientHistograms:
     Args:
         model: the transformer.
         scaler: its scales are recorded beside the counts.
+        world: counts are those of all ranks.
     """
 
-    def __init__(self, model: DALLE, scaler: ResblockGradScaler | None = None) -> None:
-        self.model, self.scaler = model, scaler
+    def __init__(self, model: DALLE, scaler: ResblockGradScaler | None = None, world: World | None = None) -> None:
+        self.model, self.scaler, self.world = model, scaler, world or World()
         self._activations: dict[int, torch.Tensor] = {}
 
     @contextlib.contextmanager
@@ -72,18 +76,22 @@ class GradientHistograms:
 
     def take(self) -> dict[str, Any]:
         """JSON values of a line of metrics.jsonl; call it while the unscaled gradients are there."""
-        matrices = [[p.grad for p in resblock if p.dim() == 2] for resblock in self.model.resblock_parameters()]
-        parameters = [torch.stack([count_exponents(grad) for grad in grads]).sum(0) for grads in matrices]
-        activations = [self._activations[i] for i in range(len(matrices))]
+        matrices = [
+            [local_part(p.grad) for p in resblock if p.dim() == 2] for resblock in self.model.resblock_parameters()
+        ]
+        parameters = torch.stack([torch.stack([count_exponents(g) for g in grads]).sum(0) for grads in matrices])
+        activations = self.world.sum(torch.stack([self._activations[i] for i in range(len(matrices))]))
+        if self.world.num_shards > 1:  # else every rank has all gradients
+            dist.all_reduce(parameters, group=self.world.shards)
         line = {"histograms": {"activations": _pack(activations), "parameters": _pack(parameters)}}
         if self.scaler is not None:
             line["log2_scales"] = [round(s, 3) for s in self.scaler.scales.log2().tolist()]
         return line
 
 
-def _pack(counts: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Rows of counts without the empty bins at both ends."""
-    table = torch.stack(list(counts)).cpu()  # [N, bins]
+def _pack(counts: torch.Tensor) -> dict[str, Any]:
+    """Rows of counts [N, bins] without the empty bins at both ends."""
+    table = counts.cpu()
     used = table[:, :_NUM_BINS].sum(0).nonzero().flatten()
     low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 import signal
@@ -18,17 +17,12 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, TrainingError
-from ..models.store import (
-    find_latest,
-    load_weights,
-    model_files,
-    prune,
-    read_json,
-    read_tensors,
-    save_snapshot,
-    write_atomic,
-)
+from ..models.store import model_files, read_json
 from ..optim.gradient_scale import WINDOW
+from ..parallel import pieces
+from ..parallel.gradients import Gradients, shard_model
+from ..parallel.matrices import local_part
+from . import checkpoint
 from .histograms import GradientHistograms, plot_gradients
 from .recipe import Recipe
 from .report import Meter, MetricsLog
@@ -91,8 +85,9 @@ class Loop:
     """Trains a recipe in a folder.
 
     Args:
-        recipe: the stage.
-        run_dir: its folder; `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `samples/` appear in it.
+        recipe: the stage, and the ranks that train it.
+        run_dir: its folder on the machine of the first rank; `checkpoints/`, `metrics.jsonl`, `tensorboard/` and
+            `samples/` appear in it.
         quiet: print nothing.
         on_phase: called with the name of each phase of a save; for tests.
     """
@@ -100,21 +95,39 @@ class Loop:
     def __init__(
         self, recipe: Recipe, run_dir: Path, *, quiet: bool = False, on_phase: Callable[[str], None] | None = None
     ) -> None:
-        self.recipe, self.run_dir, self.quiet, self.on_phase = recipe, run_dir, quiet, on_phase
-        self.config = recipe.loop
+        self.recipe, self.run_dir = recipe, run_dir
+        self.config, self.world = recipe.loop, recipe.world
+        self.quiet = quiet or not self.world.is_first
         self.model = recipe.model
+        shard_model(self.world, self.model, recipe.blocks())
         self.optimizer = recipe.optimizer()
         self.scaler = recipe.gradient_scaler()
-        self.histograms = GradientHistograms(self.model, self.scaler) if self.config.log_histograms else None
+        self.gradients = Gradients(
+            self.world,
+            self.model,
+            self._loss,
+            scaler=self.scaler,
+            resblocks=self.model.resblock_parameters() if self.scaler is not None else (),
+            powersgd_rank=self.config.powersgd_rank,
+            clip_norm=self.config.clip_norm,
+            seed=self.config.seed,
+        )
+        self.histograms = None
+        if self.config.log_histograms:
+            self.histograms = GradientHistograms(self.model, self.scaler, self.world)
         self._counted: dict[str, Any] | None = None
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = [p.detach().clone() for p in self.parameters] if self.config.ema_decay else None
         self.dtype = precision_of(self.config.precision, recipe.device)
+        self.writer = checkpoint.CheckpointWriter(self.world, run_dir, self.config.keep, on_phase)
         self.step = 0
         self.skipped_in_a_row = 0
         self.window = _Window()
         self.last: dict[str, float] = {}
-        self._signal = 0
+        self._signal = 0  # that came here
+        self._stop = 0  # that came to any rank
+        self._unlisted = False
+        """Whether some rank has replaced a sample in this update."""
 
     # ---- one update
 
@@ -126,28 +139,25 @@ class Loop:
             group["lr"] = rate
         self.model.train()
         inputs = self.recipe.prepare(step)
-        part = config.batch_size // config.accumulate
-        totals: dict[str, float] = {}
+        parts = config.accumulate
+        size = len(self.recipe.rows) // parts
+        sums: dict[str, torch.Tensor] = {}
         counting = self.histograms is not None and (step + 1) % config.log_histograms == 0
         with self.histograms.watch() if counting else contextlib.nullcontext():
-            for i in range(config.accumulate):
-                torch.manual_seed((config.seed * 0x9E3779B97F4A7C15 + step * config.accumulate + i) % 2**63)  # dropout
-                with torch.autocast(self.recipe.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    loss, metrics = self.recipe.loss(inputs, slice(i * part, (i + 1) * part), step)
-                (loss / config.accumulate).backward()
-                for name, value in {"loss": loss.detach(), **metrics}.items():
-                    totals[name] = totals.get(name, 0.0) + float(value) / config.accumulate
-        if self.scaler is not None:  # from here on no gradient carries a scale
-            self.scaler.unscale_()
+            for i in range(parts):
+                rows = slice(i * size, (i + 1) * size)
+                loss, metrics = self.gradients.backward(inputs, rows, step, share=1 / parts, last=i == parts - 1)
+                for name, value in {"loss": loss, **metrics}.items():
+                    value = value.detach().double() / parts
+                    sums[name] = sums[name] + value if name in sums else value
+        self.gradients.unscale()  # from here on no gradient carries a scale
         self._counted = self.histograms.take() if counting else None
         if self.scaler is not None:
             self.scaler.update()
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        totals["grad_norm"] = float(norm)
+        norm = self.gradients.norm()
+        totals = self._share(sums, norm)
         if math.isfinite(totals["grad_norm"]) and math.isfinite(totals["loss"]):
-            if config.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, config.clip_norm, norm)
+            self.gradients.clip(norm)
             self.optimizer.step()
             self._average()
             self.skipped_in_a_row = 0
@@ -159,10 +169,35 @@ class Loop:
         self.step += 1
         return totals
 
+    def _loss(self, inputs: dict[str, Any], rows: slice, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The recipe's, in the run's precision."""
+        torch.manual_seed((self.config.seed * 0x9E3779B97F4A7C15 + step * self.config.accumulate + rows.start) % 2**63)
+        with torch.autocast(self.recipe.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.recipe.loss(inputs, rows, step)
+
+    def _share(self, sums: dict[str, torch.Tensor], norm: torch.Tensor) -> dict[str, float]:
+        """Means over the ranks, and the gradient norm, read at once; tells all ranks what happened to any."""
+        recipe = self.recipe
+        here = [self._signal == signal.SIGINT, self._signal == signal.SIGTERM, self.writer.failed]
+        here += [recipe.examined, len(recipe.replaced)]
+        recipe.examined = 0
+        numbers = torch.cat([torch.stack(list(sums.values())), torch.tensor(here, dtype=torch.float64).to(norm.device)])
+        self.world.sum(numbers)
+        *means, interrupt, terminate, failed, examined, replaced, norm = [*numbers.tolist(), float(norm)]
+        self._stop = signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
+        if failed:
+            self.writer.wait()  # raises where it failed
+            raise CheckpointError(f"{self.run_dir}: another rank could not write its part of the checkpoint")
+        self.window.examined += int(examined)
+        self.window.replaced += int(replaced)
+        self._unlisted = bool(replaced)
+        return {**{name: mean / self.world.size for name, mean in zip(sums, means, strict=True)}, "grad_norm": norm}
+
     @torch.no_grad()
     def _average(self) -> None:
         if self.ema is not None and (self.step + 1) % self.config.ema_every == 0:
-            torch._foreach_lerp_(self.ema, self.parameters, 1 - self.config.ema_decay)
+            averages, weights = ([local_part(t.detach()) for t in ts] for ts in (self.ema, self.parameters))
+            torch._foreach_lerp_(averages, weights, 1 - self.config.ema_decay)
 
     def _skip(self) -> None:
         limit = self.config.max_skipped
@@ -173,7 +208,7 @@ class Loop:
         self.skipped_in_a_row += 1
         self.window.skipped += 1
         if self.skipped_in_a_row > limit:
-            keys = ", ".join(self.recipe.batch(self.step).keys[:4])
+            keys = ", ".join(self.recipe.batch(self.step).keys[:4])  # of the first rank
             raise TrainingError(
                 f"step {self.step}: {self.skipped_in_a_row} updates in a row had gradients that are not finite "
                 f"(samples {keys}, ...); nothing of them was saved. A smaller learning rate or precision=fp32 may help."
@@ -186,27 +221,21 @@ class Loop:
         if self.ema is None:
             yield
             return
-        kept = [p.detach().clone() for p in self.parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.ema)
+        weights, averages = ([local_part(t.detach()) for t in ts] for ts in (self.parameters, self.ema))
+        kept = [w.clone() for w in weights]
+        torch._foreach_copy_(weights, averages)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, kept)
+            torch._foreach_copy_(weights, kept)
+            self.gradients.reshard()
 
     # ---- checkpoints
 
-    def _ema_state(self) -> dict[str, torch.Tensor] | None:
-        if self.ema is None:
-            return None
-        state = dict(self.model.state_dict())
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        return {**state, **dict(zip(names, self.ema, strict=True))}
-
     def save(self) -> Path:
-        """Writes a checkpoint of everything that decides what comes next."""
-        tensors, groups = _pack_optimizer(self.optimizer)
+        """Begins to write a checkpoint of everything that decides what comes next; `writer.wait()` sees its end."""
+        tensors, groups = checkpoint.pack_optimizer(self.optimizer)
+        powersgd = self.gradients.powersgd.state_dict() if self.gradients.powersgd is not None else None
         state = {
             "step": self.step,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -214,55 +243,56 @@ class Loop:
             "last": self.last,
             "optimizer_groups": groups,
             "gradient_scales": self.scaler.state_dict() if self.scaler is not None else None,
+            "powersgd": {name: powersgd[name] for name in ("seed", "grad_constant")} if powersgd else None,
             "recipe": self.recipe.state_dict(),
             "data": self.recipe.dataset.fingerprint(),
         }
-        files = {**model_files(self.model, self._ema_state()), "state.json": state}
+        ema = checkpoint.averages(self.model, self.ema) if self.ema is not None else None
+        files = {**model_files(self.model, ema), "state.json": state}
         if tensors:
             files["optimizer.safetensors"] = tensors
-        name = f"step-{self.step:08d}"
-        folder = save_snapshot(self.run_dir / "checkpoints", name, files, self.on_phase)
-        prune(self.run_dir, self.config.keep)
-        return folder
+        if powersgd and powersgd["error"]:
+            files["error.safetensors"] = powersgd["error"]
+        return self.writer.start(self.step, files)
 
     def resume(self, say: Callable[[str], None] = print) -> bool:
-        """Goes on from the newest good checkpoint; False when there is none.
+        """Goes on from the newest good checkpoint, at any number of ranks; False when there is none.
 
         Raises:
             CheckpointError: it belongs to other data or another model, or every checkpoint is damaged.
         """
-        damaged: list[CheckpointError] = []
-        folder = find_latest(self.run_dir, damaged.append)
-        for error in damaged:
-            say(f"passed over: {error}")
+        world = self.world
+        folder = checkpoint.find(world, self.run_dir, say)
         if folder is None:
-            if damaged:
-                raise CheckpointError(
-                    f"{self.run_dir}: no checkpoint is whole ({damaged[0]}). To begin anew, choose another folder "
-                    "or remove this one."
-                )
             return False
-        state = read_json(folder / "state.json")
+        state = world.first(lambda: read_json(folder / "state.json"))
+        world.each(lambda: self._take_recipe(folder, state))
+        pieces.read_into(world, folder / "model.safetensors", self.model.state_dict())
+        if self.ema is not None:
+            pieces.read_into(world, folder / "ema.safetensors", checkpoint.averages(self.model, self.ema))
+        files = world.first(lambda: sorted(path.name for path in folder.iterdir()))
+        file = folder / "optimizer.safetensors"
+        checkpoint.unpack_optimizer(
+            world, self.optimizer, file if file.name in files else None, state["optimizer_groups"]
+        )
+        if self.scaler is not None and state.get("gradient_scales"):
+            self.scaler.load_state_dict(state["gradient_scales"])
+        if self.gradients.powersgd is not None and state.get("powersgd"):
+            errors = pieces.read_like(world, folder / "error.safetensors", dict(self.model.named_parameters()))
+            self.gradients.powersgd.load_state_dict({**state["powersgd"], "error": errors})
+        self.step = state["step"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.window = _Window(**state["window"])
+        self.last = state["last"]
+        return True
+
+    def _take_recipe(self, folder: Path, state: dict[str, Any]) -> None:
         if state["data"] != self.recipe.dataset.fingerprint():
             raise CheckpointError(
                 f"{folder}: trained on other data than {self.recipe.data.source!r} holds now; going on would mix them. "
                 "Choose another run folder."
             )
         self.recipe.load_state_dict(state["recipe"])
-        load_weights(self.model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
-        if self.ema is not None:
-            average = read_tensors(folder / "ema.safetensors")
-            names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-            self.ema = [_laid_out_as(p, average[name]) for name, p in zip(names, self.parameters, strict=True)]
-        file = folder / "optimizer.safetensors"
-        _unpack_optimizer(self.optimizer, read_tensors(file) if file.exists() else {}, state["optimizer_groups"])
-        if self.scaler is not None and state.get("gradient_scales"):
-            self.scaler.load_state_dict(state["gradient_scales"])
-        self.step = state["step"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.window = _Window(**state["window"])
-        self.last = state["last"]
-        return True
 
     # ---- the run
 
@@ -274,24 +304,28 @@ class Loop:
             TrainingError: gradients stay non-finite, or another process trains here.
             CheckpointError: nothing could be saved or resumed.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        with _lock(self.run_dir), self._signals(), torch.random.fork_rng(devices=[]):
+        with contextlib.ExitStack() as stack:
+            self.world.first(lambda: stack.enter_context(_lock(self.run_dir)))
+            stack.enter_context(self._signals())
+            stack.enter_context(torch.random.fork_rng(devices=[]))
             resumed = self.resume(lambda text: None if self.quiet else print(text, flush=True))
-            log = MetricsLog(self.run_dir / "metrics.jsonl", self.step)
+            first = self.world.is_first
+            log = MetricsLog(self.run_dir / "metrics.jsonl", self.step) if first else None
+            board = _Board(self.run_dir / "tensorboard", self.step) if first else None
             meter = Meter(self.recipe.kind, self.config.steps, self.step, quiet=self.quiet)
-            board = _Board(self.run_dir / "tensorboard", self.step)
             if resumed:
                 meter.say(f"{self.recipe.kind}: goes on at step {self.step} of {self.config.steps}")
             try:
                 folder = self._train(log, meter, board)
             finally:
                 meter.close()
-                log.close()
-                board.close()
+                if first:
+                    log.close()
+                    board.close()
         return RunResult(self.run_dir, folder, self.step, dict(self.last), time.monotonic() - started)
 
-    def _train(self, log: MetricsLog, meter: Meter, board: _Board) -> Path:
+    def _train(self, log: MetricsLog | None, meter: Meter, board: _Board | None) -> Path:
         saved_at = self.step if self.step else -1
         while self.step < self.config.steps:
             metrics = self.update()
@@ -310,33 +344,36 @@ class Loop:
                     values["log2_scale_min"], values["log2_scale_max"] = float(low), float(high)
                 self.window = _Window()
                 self._write(values, log, meter, board)
-            if self._counted is not None:
+            if self._counted is not None and log is not None:
                 log.write({"step": self.step, **self._counted})
                 plot_gradients(log.path, self.run_dir / "gradients.png")
             if last or (self.config.sample_every and self.step % self.config.sample_every == 0):
                 self._look(log, meter, board)
-            if self._signal or last or self.step % self.config.save_every == 0:
+            if self.world.size == 1:
+                self._stop = self._signal  # one that came while it looked
+            if self._stop or last or self.step % self.config.save_every == 0:
                 self.save()
                 saved_at = self.step
-            if self._signal:
-                raise Interrupted(self._signal, self.run_dir, self.step)
+            if self._stop:
+                self.writer.wait()
+                raise Interrupted(self._stop, self.run_dir, self.step)
         if saved_at != self.step:
             self.save()
+        self.writer.wait()
         return self.run_dir / "checkpoints" / f"step-{self.step:08d}"
 
     def _list_replaced(self) -> None:
         """Writes what could not be read to replaced.jsonl; stops the run when it is too much."""
-        recipe, window = self.recipe, self.window
-        errors, recipe.replaced = recipe.replaced, []
-        window.examined += recipe.examined
-        window.replaced += len(errors)
-        recipe.examined = 0
-        if not errors:
+        if not self._unlisted:
             return
-        listed = MetricsLog(self.run_dir / "replaced.jsonl", self.step - 1)
-        for error in errors:
-            listed.write({"step": self.step, "error": error})
-        listed.close()
+        recipe, window = self.recipe, self.window
+        mine, recipe.replaced = recipe.replaced, []
+        errors = [error for part in self.world.gather(mine) for error in part]
+        if self.world.is_first:
+            listed = MetricsLog(self.run_dir / "replaced.jsonl", self.step - 1)
+            for error in errors:
+                listed.write({"step": self.step, "error": error})
+            listed.close()
         # a window that has just begun is judged as a whole one
         if window.replaced > self.config.max_replaced * max(
             window.examined, self.config.batch_size * self.config.log_every
@@ -347,16 +384,23 @@ class Loop:
                 "Mend the data, or allow more with --loop.max-replaced."
             )
 
-    def _write(self, values: dict[str, float], log: MetricsLog, meter: Meter, board: _Board) -> None:
+    def _write(self, values: dict[str, float], log: MetricsLog | None, meter: Meter, board: _Board | None) -> None:
         self.last.update(values)
+        if log is None or board is None:
+            return
         rate = meter.rate(self.step, self.config.batch_size)
         log.write({"step": self.step, **values, "images_per_second": round(rate, 1), "time": round(time.time(), 1)})
         board.scalars(values, self.step)
 
-    def _look(self, log: MetricsLog, meter: Meter, board: _Board) -> None:
-        with self.averaged(), torch.no_grad():
+    def _look(self, log: MetricsLog | None, meter: Meter, board: _Board | None) -> None:
+        """Held-out metrics and pictures with averaged weights; by the first rank, or by all that share parameters."""
+        if log is None and self.world.num_shards == 1:
+            return
+        with torch.no_grad(), self.averaged():
             values = {f"eval/{name}": value for name, value in self.recipe.evaluate().items()}
             picture = self.recipe.pictures()
+        if log is None or board is None:
+            return
         if values:
             self.last.update(values)
             log.write({"step": self.step, **values})
@@ -370,10 +414,13 @@ class Loop:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM lets the update finish and saves; the second one stops at once."""
+        """The first SIGINT or SIGTERM lets the update finish and saves; the second one stops at once.
+
+        Among several ranks it does not: torchrun passes on what the terminal has sent to all, and kills after 30 s.
+        """
 
         def on_signal(number: int, frame: Any) -> None:
-            if self._signal:
+            if self._signal and self.world.size == 1:
                 raise KeyboardInterrupt
             self._signal = number
 
@@ -418,6 +465,7 @@ class _Board:
 
 @contextlib.contextmanager
 def _lock(run_dir: Path) -> Iterator[None]:
+    run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -429,40 +477,3 @@ def _lock(run_dir: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """State tensors by "index.name", and the groups as JSON."""
-    state = optimizer.state_dict()
-    tensors = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            tensors[f"{index}.{name}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-    return tensors, json.loads(json.dumps(state["param_groups"]))
-
-
-def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], groups: list[dict]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    for group in groups:  # JSON has no tuples
-        group.update({name: tuple(value) for name, value in group.items() if name == "betas"})
-    try:
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"the optimizer's state does not fit the model ({error})") from error
-    for p, entries in optimizer.state.items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor) and value.shape == p.shape and value.stride() != p.stride():
-                entries[name] = _laid_out_as(p, value)
-
-
-def _laid_out_as(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`value` with the strides of `p`: files hold contiguous tensors, and other strides round differently."""
-    return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically."""
-    write_atomic(path, json.dumps(value, indent=1).encode())

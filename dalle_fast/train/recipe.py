@@ -13,6 +13,7 @@ from torch import nn
 from ..data import PairDataset, load_batch, open_dataset, sample_indices
 from ..errors import DataError
 from ..optim import ResblockGradScaler
+from ..parallel.world import World
 from .config import DataConfig, LoopConfig
 
 
@@ -26,11 +27,14 @@ class Recipe(ABC):
     model: nn.Module
     dataset: PairDataset
 
-    def __init__(self, config: Any, device: torch.device) -> None:
+    def __init__(self, config: Any, device: torch.device, world: World | None = None) -> None:
         self.config = config
+        self.world = world or World()
         self.loop: LoopConfig = config.loop
         self.data: DataConfig = config.data
         self.device = device
+        self.rows = self.world.rows(self.loop.batch_size, self.loop.accumulate)
+        """The samples of each batch that this rank computes."""
         self.replaced: list[str] = []
         """Samples that could not be read, each with its reason, since the loop last looked."""
         self.examined = 0
@@ -48,9 +52,9 @@ class Recipe(ABC):
         return dataset
 
     def batch(self, step: int):
-        """The samples of an update: a pure function of (seed, step)."""
-        start = step * self.loop.batch_size
-        indices = sample_indices(self.loop.seed, start, self.loop.batch_size, len(self.dataset))
+        """This rank's samples of an update: a pure function of (seed, step) and its rows."""
+        start = step * self.loop.batch_size + self.rows.start
+        indices = sample_indices(self.loop.seed, start, len(self.rows), len(self.dataset))
         batch = load_batch(
             self.dataset,
             indices,
@@ -67,6 +71,10 @@ class Recipe(ABC):
     def optimizer(self) -> torch.optim.Optimizer:
         """A fresh optimizer over the model's parameters."""
 
+    def blocks(self) -> list[nn.Module]:
+        """Modules whose parameters are gathered and dropped one by one when they are sharded."""
+        return []
+
     def gradient_scaler(self) -> ResblockGradScaler | None:
         """Fresh scales that the model's backward pass works with from now on; None: gradients carry no scale."""
         return None
@@ -77,11 +85,12 @@ class Recipe(ABC):
 
     @abstractmethod
     def prepare(self, step: int) -> dict[str, Any]:
-        """Everything the loss of update `step` needs, for the whole batch, on the device."""
+        """Everything the loss of update `step` needs, for this rank's rows of the batch, on the device."""
 
     @abstractmethod
     def loss(self, inputs: dict[str, Any], rows: slice, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of some rows, such that the mean over equal parts is the loss of the batch; and metrics to average."""
+        """Loss of some of this rank's rows, counted from its first, such that the mean over equal parts of all ranks is
+        the loss of the batch; and metrics to average."""
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics with the weights as they are."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..parallel.world import World
 from .clip import CLIPRecipe, CLIPTrainConfig
 from .config import differences, load_config, save_config, with_steps
 from .dalle import DALLERecipe, DALLETrainConfig
@@ -25,7 +26,7 @@ RECIPES: dict[str, tuple[type, type[Recipe]]] = {
     "dalle": (DALLETrainConfig, DALLERecipe),
 }
 # What may change between the sessions of a run without changing what it computes.
-_FREE = {"dvae"} | {
+_FREE = {"dvae", "loop.shard"} | {
     f"loop.{name}"
     for name in ("save_every", "keep", "sample_every", "log_histograms", "device", "max_replaced", "max_skipped")
 }
@@ -44,15 +45,22 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build(config: Any, run_dir: Path) -> Recipe:
+def join(config: Any) -> World:
+    """The ranks that a config is trained by."""
+    loop = config.loop
+    return World.join(device_of(loop.device).type, loop.shard, alone=loop.powersgd_rank > 0)
+
+
+def build(config: Any, run_dir: Path, world: World | None = None) -> Recipe:
     """The recipe of a config, with weights that depend on its seed alone."""
     _, recipe = RECIPES[kind_of(config)]
     device = device_of(config.loop.device)
+    world = world or join(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.loop.seed)
         if recipe is DALLERecipe:
-            return DALLERecipe(config, device, config.dvae or run_dir.parent / "dvae")
-        return recipe(config, device)
+            return DALLERecipe(config, device, world, config.dvae or run_dir.parent / "dvae")
+        return recipe(config, device, world)
 
 
 def kind_of(config: Any) -> str:
@@ -63,19 +71,20 @@ def kind_of(config: Any) -> str:
     raise ConfigError(f"config: expected one of {', '.join(RECIPES)}, got {type(config).__name__}")
 
 
-def steps_for(config: Any, run_dir: Path, minutes: float) -> int:
+def steps_for(config: Any, run_dir: Path, minutes: float, world: World | None = None) -> int:
     """How many updates fit in some minutes here, measured on a throw-away copy."""
-    recipe = build(config, run_dir)
+    world = world or join(config)
+    recipe = world.each(lambda: build(config, run_dir, world))
     loop = Loop(recipe, run_dir, quiet=True)
     times = []
     deadline = time.monotonic() + min(0.05 * minutes * 60, 20)
-    while len(times) < 8 or (time.monotonic() < deadline and len(times) < 200):
+    while len(times) < 8 or (len(times) < 200 and world.first(lambda: time.monotonic() < deadline)):
         begin = time.monotonic()
         loop.update()
         times.append(time.monotonic() - begin)
     warm = sorted(times[len(times) // 3 :])
     mean = sum(warm) / len(warm)
-    return max(10, int(minutes * 60 / mean))
+    return world.first(lambda: max(10, int(minutes * 60 / mean)))
 
 
 def run(
@@ -104,30 +113,44 @@ def run(
         Interrupted: after SIGINT or SIGTERM; the run is saved.
     """
     run_dir = Path(run_dir)
-    kind = kind_of(config)
-    stored = run_dir / "config.toml"
-    if stored.exists():
-        if not resume:
-            raise ConfigError(f"{run_dir}: holds a run already; choose another folder or let it resume")
-        before = load_config(type(config), stored)
-        if minutes is not None:
-            config = with_steps(config, before.loop.steps)
-        for key, old, new in differences(before, config):
-            longer = key == "loop.steps" and minutes is None
-            if key not in _FREE and not longer:
-                raise ConfigError(
-                    f"{key}: this folder's run has {old!r}, now {new!r} is asked for ({stored}); "
-                    "choose another run folder or the old value"
-                )
-    elif minutes is not None:
-        if minutes <= 0:
-            raise ConfigError(f"minutes: expected more than 0, got {minutes}")
-        config = with_steps(config, steps_for(config, run_dir, minutes))
-    recipe = build(config, run_dir)
+    world = join(config)
+    config = world.first(lambda: _agreed(config, run_dir, minutes, resume))
+    if minutes is not None and not world.first((run_dir / "config.toml").exists):
+        config = with_steps(config, steps_for(config, run_dir, minutes, world))
+    recipe = world.each(lambda: build(config, run_dir, world))
     loop = Loop(recipe, run_dir, quiet=quiet, on_phase=on_phase)
+    world.first(lambda: _store(config, run_dir))
+    try:
+        return loop.run()
+    finally:
+        world.leave()
+
+
+def _store(config: Any, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, stored, kind)
-    return loop.run()
+    save_config(config, run_dir / "config.toml", kind_of(config))
+
+
+def _agreed(config: Any, run_dir: Path, minutes: float | None, resume: bool) -> Any:
+    """The config to train: of a folder that holds a run, what it holds, if that is the same run."""
+    if minutes is not None and minutes <= 0:
+        raise ConfigError(f"minutes: expected more than 0, got {minutes}")
+    stored = run_dir / "config.toml"
+    if not stored.exists():
+        return config
+    if not resume:
+        raise ConfigError(f"{run_dir}: holds a run already; choose another folder or let it resume")
+    before = load_config(type(config), stored)
+    if minutes is not None:
+        config = with_steps(config, before.loop.steps)
+    for key, old, new in differences(before, config):
+        longer = key == "loop.steps" and minutes is None
+        if key not in _FREE and not longer:
+            raise ConfigError(
+                f"{key}: this folder's run has {old!r}, now {new!r} is asked for ({stored}); "
+                "choose another run folder or the old value"
+            )
+    return config
 
 
 def with_loop(config: Any, **changes: Any) -> Any:

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: MIT
+"""A run's state in files: copied at once, written in the background, the same at any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import CheckpointError
+from ..models import store
+from ..parallel import pieces
+from ..parallel.world import World
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time in a thread, while training goes on.
+
+    Args:
+        world: its first rank writes; all ranks of the first replica do where parameters are in parts.
+        run_dir: the run's folder.
+        keep: newest checkpoints to keep.
+        on_phase: called with the name of each phase of a save; for tests.
+    """
+
+    def __init__(self, world: World, run_dir: Path, keep: int, on_phase: Callable[[str], None] | None = None) -> None:
+        self.world, self.run_dir, self.keep = world, run_dir, keep
+        self.phase = on_phase or (lambda _: None)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, step: int, files: Mapping[str, Any]) -> Path:
+        """Begins to write a checkpoint, when the one before is done. Called by all ranks.
+
+        Args:
+            step: it is named after.
+            files: file name -> text, a dict of tensors or any JSON value; tensors are copied before this returns.
+
+        Returns:
+            The folder to be.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        name = f"step-{step:08d}"
+        parent = self.run_dir / "checkpoints"
+        in_parts = self.world.num_shards > 1
+        if in_parts:
+            work: Callable[[], None] | None = self._in_parts(parent, name, {k: _taken(v) for k, v in files.items()})
+        elif self.world.is_first:
+            copies = {k: _copied(v) for k, v in files.items()}
+            work = lambda: store.save_snapshot(parent, name, copies, self.phase)  # noqa: E731
+        else:
+            work = None
+        if work is not None:
+            self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint")
+            self._thread.start()
+        return parent / name
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+            if self.world.is_first:
+                store.prune(self.run_dir, self.keep)
+        except OSError as error:  # of another rank
+            failed = CheckpointError(f"{self.run_dir}: the checkpoint could not be written ({error.strerror or error})")
+            failed.__cause__ = error
+            self._error = failed
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last one could not be written; `wait` raises."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Returns when nothing is being written.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _in_parts(self, parent: Path, name: str, files: dict[str, Any]) -> Callable[[], None]:
+        tensors = {file: value for file, value in files.items() if _is_pieces(value)}
+        aside = parent / f".{name}.tmp"
+
+        def fill() -> None:
+            if self.world.replica == 0:
+                for file, value in tensors.items():
+                    pieces.fill(aside / file, value)
+
+        def first() -> None:
+            with store.writing(parent, name, self.phase) as (folder, entries):
+                error = None
+                try:
+                    for file, value in files.items():
+                        self.phase(f"write {file}")
+                        if file in tensors:
+                            pieces.reserve(folder / file, value)
+                        else:
+                            store.write_atomic(folder / file, store.serialize(value))
+                except OSError as failure:
+                    error = failure
+                self._meet(error)
+                self._together(fill)
+                for file in files:
+                    path = folder / file
+                    entries[file] = {"size": path.stat().st_size, "sha256": store.file_hash(path)}
+
+        def other() -> None:
+            self._meet(None)
+            self._together(fill)
+
+        return first if self.world.is_first else other
+
+    def _together(self, function: Callable[[], None]) -> None:
+        error = None
+        try:
+            function()
+        except OSError as failure:
+            error = failure
+        self._meet(error)
+
+    def _meet(self, error: OSError | None) -> None:
+        """Waits for all ranks; raises the first OSError of any in all."""
+        errors: list = [None] * self.world.size
+        dist.all_gather_object(errors, error, group=self.world.saving)
+        for found in errors:
+            if found is not None:
+                raise found
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _is_pieces(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, pieces.Piece) for v in value.values())
+
+
+def _taken(value: Any) -> Any:
+    """A copy that training does not change any more, of this rank's parts of tensors."""
+    return {name: pieces.take_piece(t) for name, t in value.items()} if _is_tensors(value) else store.serialize(value)
+
+
+def _copied(value: Any) -> Any:
+    """A copy that training does not change any more."""
+    if not _is_tensors(value):
+        return store.serialize(value)
+    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in value.items()}
+
+
+def find(world: World, run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint in the first rank's folder, or None when there is none.
+
+    Raises:
+        CheckpointError: there are some, and all are damaged.
+    """
+
+    def look() -> tuple[Path | None, list[str]]:
+        damaged: list[CheckpointError] = []
+        folder = store.find_latest(run_dir, damaged.append)
+        if folder is None and damaged:
+            raise CheckpointError(
+                f"{run_dir}: no checkpoint is whole ({damaged[0]}). To begin anew, choose another folder "
+                "or remove this one."
+            )
+        return folder, [str(error) for error in damaged]
+
+    folder, damaged = world.first(look)
+    for error in damaged:
+        say(f"passed over: {error}")
+    return folder
+
+
+# ---- optimizers
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """State tensors by "index.name", and the groups as JSON."""
+    state = optimizer.state_dict()
+    tensors = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            tensors[f"{index}.{name}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    return tensors, json.loads(json.dumps(state["param_groups"]))
+
+
+def unpack_optimizer(
+    world: World, optimizer: torch.optim.Optimizer, path: Path | None, groups: list[dict[str, Any]]
+) -> None:
+    """Takes up what `pack_optimizer` gave, from a file (None: no state yet).
+
+    Raises:
+        CheckpointError: it belongs to other parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    if path is not None:
+        keys = pieces.contents(world, path)
+        like = {key: parameters[i] for key in keys if (i := int(key.split(".", 1)[0])) < len(parameters)}
+        for key, value in pieces.read_like(world, path, like).items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+    for group in groups:  # JSON has no tuples
+        group.update({name: tuple(value) for name, value in group.items() if name == "betas"})
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"the optimizer's state does not fit the model ({error})") from error
+
+
+def averages(model: nn.Module, ema: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with averaged weights in place of the trained ones."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return {**model.state_dict(), **dict(zip(names, ema, strict=True))}
