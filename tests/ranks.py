@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -18,7 +20,8 @@ class Ranks:
     """`size` processes in one default group.
 
     `run(function, *args, world=2)` calls function(group, *args) in the first two and returns what each returned;
-    functions belong to importable modules. Without `initialize` there are no groups.
+    functions belong to importable modules. Without `initialize` there are no groups, but the environment that torchrun
+    gives to its ranks.
     """
 
     def __init__(self, size: int, initialize: bool = True) -> None:
@@ -39,8 +42,11 @@ class Ranks:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any, world: int) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         for pipe in self.pipes:
-            pipe.send((function, args, world))
+            pipe.send((function, args, world, port))
         answers = [pipe.recv() for pipe in self.pipes]
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error]
         if errors:
@@ -71,9 +77,11 @@ def _serve(pipe, rank: int, size: int, folder: str, initialize: bool) -> None:
         groups = {n: dist.new_group(list(range(n))) for n in groups}
     while True:
         try:
-            function, args, world = pipe.recv()
+            function, args, world, port = pipe.recv()
         except EOFError:
             break
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1")
         try:
             torch.manual_seed(0)
             pipe.send((function(groups[world], *args) if rank < world else None, ""))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,6 +78,8 @@ class Gradients:
             return
         sharded = world.num_shards > 1
         if not sharded:
+            # 1 x 1 convolutions give gradients that are right in two memory formats
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             # weights begin equal: they depend on the seed alone
             self._ddp = DistributedDataParallel(_Loss(model, loss), process_group=world.replicas, init_sync=False)
         if powersgd_rank:
