@@ -12,6 +12,7 @@ from rooms import all_rooms, build, call, fresh, gradients, map_tensors, tensors
 from dalle_fast.ops import (
     AttentionPattern,
     decode_attention,
+    dropout,
     gumbel_softmax,
     minifloat_encode,
     orthonormalize,
@@ -180,6 +181,16 @@ def test_gumbel_softmax_past_2_31():
     tail = gumbel_softmax(logits[-7:], 0.5, dim=1, seed=3, row_offset=rows - 7)
     assert torch.equal(y[-7:], tail)
     assert torch.equal(y[:7], gumbel_softmax(logits[:7], 0.5, dim=1, seed=3))
+
+
+def test_dropout_past_2_31():
+    needs_gigabytes(12)
+    for rows, columns in (((1 << 18) + 3, 8193), (3, (1 << 30) + 8)):
+        x = torch.ones(rows, columns, device="cuda", dtype=torch.bfloat16)
+        out = dropout(x, 0.5, seed=3, offset=1)
+        assert torch.equal(out[-1:], dropout(x[-1:], 0.5, seed=3, offset=1, row_offset=rows - 1))
+        assert torch.equal(out[:1], dropout(x[:1], 0.5, seed=3, offset=1))
+        del x, out
 
 
 def test_minifloat_past_2_31():

@@ -18,6 +18,7 @@ from dalle_fast.bench.vocabularies import vocabulary_row
 from dalle_fast.ops import (
     AttentionPattern,
     decode_attention,
+    dropout,
     gumbel_softmax,
     linear_cross_entropy,
     minifloat_decode,
@@ -208,6 +209,36 @@ def _decode_rows(device: str, small: bool) -> Iterator[Row]:
             f"decode_attention {kind} {batch} samples", ours, error, 1e-2, moved, flops,
             {"gather + SDPA": lambda gathered=gathered: gathered}, graph=True,
         )  # fmt: skip
+
+
+# ---- dropout
+
+
+def _dropout_rows(device: str, small: bool) -> Iterator[Row]:
+    shape = (2, 8, 36) if small else (8, 1280, 3968)
+
+    def ours(x):
+        return dropout(x, 0.1, seed=1, offset=2)
+
+    def theirs(x):
+        return F.dropout(x, 0.1)
+
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+        dy = torch.randn(shape, device=device, dtype=dtype)
+
+        def both(function, x=x, dy=dy) -> Call:
+            return lambda: torch.autograd.grad(function(x), x, dy)
+
+        def error(x=x):
+            part = x.detach()[:1]
+            return relative(ours(part), ours(part.double()))  # float64 runs on the reference
+
+        peers = {
+            "F.dropout": lambda both=both: both(theirs),
+            "F.dropout compiled": lambda both=both: both(torch.compile(theirs, dynamic=False)),
+        }
+        yield Row(f"dropout {str(dtype)[6:]} forward+backward", both(ours), error, bound, 4 * size_of(x), 0, peers)
 
 
 # ---- the discrete bottleneck
@@ -453,6 +484,7 @@ def all_rows(device: str, small: bool) -> Iterator[tuple[str, Callable[[], Row]]
     for make in (
         _sparse_rows,
         _decode_rows,
+        _dropout_rows,
         _gumbel_rows,
         _bottleneck_rows,
         _loss_rows,

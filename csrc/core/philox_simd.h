@@ -95,13 +95,18 @@ DF_INLINE NoiseKey noise_key(uint64_t seed, uint64_t offset) {
 
 constexpr int kNoiseCodes = 4 * kLanes;  // of kLanes generators
 
-// Noise of codes [first, first + kNoiseCodes) of one row, in their order; first is a multiple of 4.
-DF_INLINE void gumbel_of_codes(VecF (&noise)[4], int64_t first, uint32_t row, const NoiseKey& key) {
+// Words of codes [first, first + kNoiseCodes) of one row, in their order; first is a multiple of 4.
+DF_INLINE void words_of_codes(VecU (&words)[4], int64_t first, uint32_t row, const NoiseKey& key) {
   VecU block = {};  // generators in the order that join_words undoes
   for (int i = 0; i < kLanes; ++i) block[i] = i % 4 * (kLanes / 4) + i / 4;
   block += static_cast<uint32_t>(first / 4);
-  VecU words[4];
   join_words(words, philox_lanes(block, splat_u(row), splat_u(key.c2), splat_u(key.c3), key.key).word);
+}
+
+// Their noise.
+DF_INLINE void gumbel_of_codes(VecF (&noise)[4], int64_t first, uint32_t row, const NoiseKey& key) {
+  VecU words[4];
+  words_of_codes(words, first, row, key);
   gumbel(noise, words);
 }
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .decode_attention import decode_attention
+from .dropout import dropout
 from .gumbel_softmax import gumbel_softmax
 from .householder import orthonormalize
 from .linear_cross_entropy import linear_cross_entropy
@@ -17,6 +18,7 @@ from .vq_bottleneck import vq_bottleneck
 __all__ = [
     "AttentionPattern",
     "decode_attention",
+    "dropout",
     "gumbel_softmax",
     "linear_cross_entropy",
     "minifloat_decode",

@@ -29,6 +29,7 @@ def has_room(room: str, device_type: str) -> bool:
 CUDA_ROOMS: set[str] = {
     "adamw16",
     "decode_attention",
+    "dropout",
     "gumbel_softmax",
     "householder",
     "linear_cross_entropy",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Arguments that say which Gumbel noise an op draws, and at which temperature."""
+"""Arguments that say which random words an op draws, and at which temperature or probability."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def check_tau(tau: float) -> None:
         raise TypeError(f"tau: expected a number, got {tau!r}")
     if not _LEAST_TAU <= tau < math.inf:
         raise ValueError(f"tau: expected a finite temperature > 0 (at least {_LEAST_TAU:g}), got {tau}")
+
+
+def check_probability(p: float) -> None:
+    """Raises TypeError or ValueError for what is no probability below 1."""
+    if not isinstance(p, (int, float)):
+        raise TypeError(f"p: expected a number, got {p!r}")
+    if not 0 <= p < 1:
+        raise ValueError(f"p: expected 0 <= p < 1, got {p}")
 
 
 def check_noise(seed: int, offset: int, row_offset: int, num_rows: int, rows_of: str) -> tuple[int, int]:

@@ -44,13 +44,13 @@ def philox4x32(counter: torch.Tensor, key: tuple[int, int], rounds: int = 10) ->
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def uniform(
+def words(
     seed: int, offset: int, num_rows: int, num_columns: int, row_offset: int = 0, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Float64 [num_rows, num_columns] in (0, 1), both ends open.
+    """Int64 [num_rows, num_columns] in [0, 2^32).
 
     Element (r, c) is word c % 4 of counter (c // 4, row_offset + r, offset low, offset high) under the seed's two
-    halves as key; u = (word >> 8 + 0.5) * 2^-24. One call uses one offset: pass the step.
+    halves as key. One call uses one offset: pass the step.
     """
     blocks = (num_columns + 3) // 4
     counter = torch.empty(num_rows, blocks, 4, dtype=torch.int64, device=device)
@@ -58,5 +58,11 @@ def uniform(
     counter[..., 1] = (torch.arange(num_rows, device=device) + row_offset)[:, None] & _WORD
     counter[..., 2] = offset & _WORD
     counter[..., 3] = (offset >> 32) & _WORD
-    words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD)).reshape(num_rows, blocks * 4)[:, :num_columns]
-    return ((words >> 8).double() + 0.5) * 2.0**-24
+    return philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD)).reshape(num_rows, blocks * 4)[:, :num_columns]
+
+
+def uniform(
+    seed: int, offset: int, num_rows: int, num_columns: int, row_offset: int = 0, device: torch.device | None = None
+) -> torch.Tensor:
+    """Float64 [num_rows, num_columns] in (0, 1), both ends open: u = (word >> 8 + 0.5) * 2^-24 of `words`."""
+    return ((words(seed, offset, num_rows, num_columns, row_offset, device) >> 8).double() + 0.5) * 2.0**-24
