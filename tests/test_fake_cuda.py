@@ -15,6 +15,7 @@ from rooms import RecordOps, all_rooms, build, call, gradients, tensors_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from dalle_fast.models import DALLE, DALLEConfig
 from dalle_fast.ops import _backend
 from dalle_fast.ops._register import IMPLEMENTATIONS
 
@@ -97,3 +98,17 @@ def test_the_public_function_stays_on_the_device(room):
             arguments, options = on_cuda(build(room, case, case.dtypes[0]))
             results = tensors_of(room.function(*arguments, **options))
         assert all(t.is_cuda for t in results)
+
+
+@pytest.mark.parametrize("predict_pads", [False, True])
+def test_the_whole_loss_of_a_dalle_never_waits_for_the_device(predict_pads, monkeypatch):
+    """Its backward pass is that of the ops above; autograd's engine starts for CUDA tensors on a GPU alone."""
+    monkeypatch.setattr(_backend, "has_room", lambda room, device_type: True)
+    config = DALLEConfig(64, 4, 2, 32, text_vocab_size=64, text_len=12, image_vocab_size=32, grid=(4, 4),
+                         predict_pads=predict_pads)  # fmt: skip
+    with FakeTensorMode(), torch.device("cuda"):
+        model = DALLE(config)
+        text, image = torch.zeros(2, 12, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.int64)
+        losses = model.loss(text, image)
+    assert all(t.is_cuda and t.shape == () for t in losses)
+    assert losses.loss.requires_grad
