@@ -170,7 +170,12 @@ def train_until(_, config, run_dir: Path, step: int, rank: int, number: int) -> 
     return ""
 
 
-VARIANTS = {"copies": {}, "shards": {"shard": 2}, "powersgd": {"powersgd_rank": 8}, "both": {"powersgd_rank": 8, "shard": 2}}
+VARIANTS = {
+    "copies": {},
+    "shards": {"shard": 2},
+    "powersgd": {"powersgd_rank": 8},
+    "both": {"powersgd_rank": 8, "shard": 2},
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -324,7 +329,8 @@ def test_torchrun_a_rank_is_terminated_and_the_same_command_goes_on(tmp_path):
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses(tmp_path / "run")) < 2:
-        assert time.monotonic() < deadline and child.poll() is None, child.communicate()[0]
+        assert child.poll() is None, child.communicate()[0]
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     ranks = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGTERM)

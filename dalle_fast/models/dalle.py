@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..nn import TransformerBlock, full_precision
+from ..nn import Noise, TransformerBlock, full_precision
 from ..ops import AttentionPattern, linear_cross_entropy
 
 
@@ -215,12 +215,15 @@ class DALLE(nn.Module):
 
     # ---- training
 
-    def forward(self, text: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, text: torch.Tensor, image: torch.Tensor | None = None, noise: Noise | None = None
+    ) -> torch.Tensor:
         """Final states of all slots.
 
         Args:
             text: [B, text_len] int64, -1 where there is no token.
             image: [B, n] int64 image tokens, the first n of the picture; None for the text slots alone.
+            noise: decides what dropout drops, by `offset` .. `offset + 2 * num_layers - 1`; None: torch's generator.
 
         Returns:
             [B, L, width] float32 after the last layer norm. State i < text_len predicts caption token i, state
@@ -235,8 +238,8 @@ class DALLE(nn.Module):
         if image is not None:
             self._check_image(image, text.shape[0])
             x = torch.cat((x, self.embed_image(image)), dim=1)
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, noise and noise._replace(offset=noise.offset + 2 * i))
         return self.norm(x)
 
     def text_logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -253,19 +256,20 @@ class DALLE(nn.Module):
         """[B, text_len]: what text states predict; -100 where nothing counts."""
         return torch.where(text < 0, self.config.text_vocab_size if self.config.predict_pads else -100, text)
 
-    def loss(self, text: torch.Tensor, image: torch.Tensor) -> DALLELoss:
+    def loss(self, text: torch.Tensor, image: torch.Tensor, noise: Noise | None = None) -> DALLELoss:
         """1/8 of the text's and 7/8 of the image's cross-entropy, each per token of its kind (section 2.2).
 
         Args:
             text: [B, text_len] int64, -1 where there is no token.
             image: [B, height * width] int64.
+            noise: see `forward`.
 
         On CUDA the host does not wait for the device. A token out of range makes the loss NaN there, if the embeddings'
         kernels have not stopped at it.
         """
         if image.dim() != 2 or image.shape[1] != self.config.image_len:
             raise ValueError(f"image: expected [B, {self.config.image_len}], got {list(image.shape)}")
-        states = self(text, image)
+        states = self(text, image, noise)
         text_len = self.config.text_len
         text_states = states[:, :text_len].flatten(0, 1)
         image_states = states[:, text_len:].flatten(0, 1)

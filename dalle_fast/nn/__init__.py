@@ -6,13 +6,14 @@ from __future__ import annotations
 from .dvae import Conv2d, DecoderBlock, EncoderBlock
 from .losses import categorical_kl, logit_laplace_nll, map_pixels, unmap_pixels
 from .precision import Linear, full_precision, scaled_branch
-from .transformer import TransformerBlock
+from .transformer import Noise, TransformerBlock
 
 __all__ = [
     "Conv2d",
     "DecoderBlock",
     "EncoderBlock",
     "Linear",
+    "Noise",
     "TransformerBlock",
     "categorical_kl",
     "full_precision",

@@ -5,14 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import AttentionPattern, decode_attention, sparse_attention
+from ..ops import AttentionPattern, decode_attention, dropout, sparse_attention
 from .precision import Linear, scaled_branch
+
+
+class Noise(NamedTuple):
+    """Which channels dropout drops: the same at any number of parts, processes, and when recomputed."""
+
+    seed: int
+    offset: int
+    """Of the first resblock; each has one of its own."""
+    first: int = 0
+    """Number of the first sample within its batch."""
 
 
 class SparseSelfAttention(nn.Module):
@@ -46,8 +57,9 @@ class SparseSelfAttention(nn.Module):
 class TransformerBlock(nn.Module):
     """An attention resblock and an MLP resblock; each recomputed in the backward pass when `checkpointing`.
 
-    With `gradient_scales`, a float32 tensor [2], the branches of `forward` run in float16 (`scaled_branch`);
-    `on_gradient(i, g)` is given the gradient of resblock i's output in the backward pass.
+    `dropout` of the branches' channels are dropped in training. With `gradient_scales`, a float32 tensor [2], the
+    branches of `forward` run in float16 (`scaled_branch`); `on_gradient(i, g)` is given the gradient of resblock i's
+    output in the backward pass.
     """
 
     def __init__(
@@ -77,20 +89,29 @@ class TransformerBlock(nn.Module):
         return [[p for module in resblock for p in module.parameters()] for resblock in modules]
 
     def _attend(self, h: torch.Tensor) -> torch.Tensor:
-        return F.dropout(self.attention(h)[0], self.dropout, self.training)
+        return self.attention(h)[0]
 
     def _feed_forward(self, h: torch.Tensor) -> torch.Tensor:
-        return F.dropout(self.mlp_out(F.gelu(self.mlp_in(h))), self.dropout, self.training)
+        return self.mlp_out(F.gelu(self.mlp_in(h)))
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         return self._feed_forward(self.norm_mlp(x))
 
-    def _resblock(self, index: int, x: torch.Tensor, norm: nn.LayerNorm, branch: Callable) -> torch.Tensor:
-        """x + branch(norm(x))."""
+    def _resblock(
+        self, index: int, x: torch.Tensor, norm: nn.LayerNorm, branch: Callable, noise: Noise | None
+    ) -> torch.Tensor:
+        """x + dropout(branch(norm(x)))."""
         scales = self.gradient_scales
 
+        def dropped(h: torch.Tensor) -> torch.Tensor:
+            y = branch(h)
+            if not (self.training and self.dropout):
+                return y
+            seed, offset, first = noise or Noise(int(torch.randint(2**62, ())), 0)
+            return dropout(y, self.dropout, seed=seed, offset=offset + index, row_offset=first * y.shape[1])
+
         def run(x: torch.Tensor) -> torch.Tensor:
-            return branch(norm(x)) if scales is None else scaled_branch(x, norm, branch, scales[index])
+            return dropped(norm(x)) if scales is None else scaled_branch(x, norm, dropped, scales[index])
 
         recompute = self.checkpointing and torch.is_grad_enabled()
         y = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
@@ -98,10 +119,10 @@ class TransformerBlock(nn.Module):
             y.register_hook(partial(self.on_gradient, index))
         return x + y
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, L, width] float32 -> the same."""
-        x = self._resblock(0, x, self.norm_attention, self._attend)
-        return self._resblock(1, x, self.norm_mlp, self._feed_forward)
+    def forward(self, x: torch.Tensor, noise: Noise | None = None) -> torch.Tensor:
+        """[B, L, width] float32 -> the same; without `noise` torch's generator draws what is dropped."""
+        x = self._resblock(0, x, self.norm_attention, self._attend, noise)
+        return self._resblock(1, x, self.norm_mlp, self._feed_forward, noise)
 
     def prefill(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `forward`, and the keys and values [B, H, L, D] for a cache."""

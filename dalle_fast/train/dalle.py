@@ -16,6 +16,7 @@ from ..data import PairDataset, Tokenizer, load_batch, sample_indices
 from ..errors import CheckpointError, ConfigError
 from ..models import DALLE, DVAE, DALLEConfig
 from ..models.store import find_latest, load_model, read_json
+from ..nn import Noise
 from ..ops import philox
 from ..optim import AdamW16, ResblockGradScaler
 from ..optim.schedules import PlateauHalving, cosine, warmup_linear
@@ -207,7 +208,9 @@ class DALLERecipe(Recipe):
 
     def loss(self, inputs, rows, step):
         text, image = inputs["text"], inputs["image"]
-        out = self.model.loss(text[rows], image[rows])
+        first = self.rows.start + rows.start
+        noise = Noise(self.loop.seed ^ 0x64726F70, step * 2 * self.config.model.num_layers, first)  # a seed of its own
+        out = self.model.loss(text[rows], image[rows], noise)
         loss = out.loss
         text_loss = out.text_loss
         parts = self.loop.accumulate * self.world.size

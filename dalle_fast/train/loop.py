@@ -171,7 +171,6 @@ class Loop:
 
     def _loss(self, inputs: dict[str, Any], rows: slice, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The recipe's, in the run's precision."""
-        torch.manual_seed((self.config.seed * 0x9E3779B97F4A7C15 + step * self.config.accumulate + rows.start) % 2**63)
         with torch.autocast(self.recipe.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.recipe.loss(inputs, rows, step)
 
