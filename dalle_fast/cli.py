@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -105,16 +106,19 @@ def _train(args: list[str]) -> None:
     if arguments.log_histograms is not None:
         loop = dataclasses.replace(config.loop, log_histograms=arguments.log_histograms)
         config = dataclasses.replace(config, loop=loop)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     if arguments.dry_run:
         from .estimate import estimate
 
-        print(estimate(config))
+        if first:
+            print(estimate(config))
         return
     if not arguments.run:
         raise ConfigError("--run: name a folder for the run, such as runs/mine/" + arguments.stage)
     result = run(config, arguments.run, minutes=arguments.minutes, resume=not arguments.fresh)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-    print(f"{arguments.stage}: {result.step} updates in {result.run_dir}\n{shown}")
+    if first:
+        print(f"{arguments.stage}: {result.step} updates in {result.run_dir}\n{shown}")
 
 
 _TRAIN_HELP = """usage: dalle-fast train {dvae,clip,dalle} --run FOLDER [options]
@@ -129,6 +133,7 @@ _TRAIN_HELP = """usage: dalle-fast train {dvae,clip,dalle} --run FOLDER [options
   --fresh           refuse a folder that holds a run already
 
 Stages of one system are siblings: runs/mine/dvae, runs/mine/clip, runs/mine/dalle.
+Several processes: torchrun --nproc-per-node 4 -m -- dalle_fast train dalle --run FOLDER [options]
 """
 
 

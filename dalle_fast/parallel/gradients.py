@@ -80,8 +80,15 @@ class Gradients:
         if not sharded:
             # 1 x 1 convolutions give gradients that are right in two memory formats
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            # weights begin equal: they depend on the seed alone
-            self._ddp = DistributedDataParallel(_Loss(model, loss), process_group=world.replicas, init_sync=False)
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+            self._ddp = DistributedDataParallel(
+                _Loss(model, loss),
+                process_group=world.replicas,
+                init_sync=False,  # weights begin equal: they depend on the seed alone
+                # all are used; this keeps DDP from a new order of buckets after the first update, and with it of sums,
+                # which would make a resumed run another one
+                find_unused_parameters=True,
+            )
         if powersgd_rank:
             self.powersgd = PowerSGD(
                 model,

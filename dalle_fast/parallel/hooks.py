@@ -20,7 +20,7 @@ def powersgd_hook(state: PowerSGD, bucket: dist.GradBucket) -> torch.futures.Fut
     """DDP's communication hook: `ddp.register_comm_hook(powersgd, powersgd_hook)`.
 
     The gradients of all buckets are ready when those of the last one are: clipping needs the global norm. Error buffers
-    belong to parameters, so DDP may rebuild its buckets. Not for find_unused_parameters=True.
+    belong to parameters, so DDP may rebuild its buckets. Every parameter has to take part in each backward.
     """
     if bucket.index() == 0:
         state.reset()

@@ -114,13 +114,13 @@ def run(
     """
     run_dir = Path(run_dir)
     world = join(config)
-    config = world.first(lambda: _agreed(config, run_dir, minutes, resume))
-    if minutes is not None and not world.first((run_dir / "config.toml").exists):
-        config = with_steps(config, steps_for(config, run_dir, minutes, world))
-    recipe = world.each(lambda: build(config, run_dir, world))
-    loop = Loop(recipe, run_dir, quiet=quiet, on_phase=on_phase)
-    world.first(lambda: _store(config, run_dir))
     try:
+        config = world.first(lambda: _agreed(config, run_dir, minutes, resume))
+        if minutes is not None and not world.first((run_dir / "config.toml").exists):
+            config = with_steps(config, steps_for(config, run_dir, minutes, world))
+        recipe = world.each(lambda: build(config, run_dir, world))
+        loop = Loop(recipe, run_dir, quiet=quiet, on_phase=on_phase)
+        world.first(lambda: _store(config, run_dir))
         return loop.run()
     finally:
         world.leave()
