@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from .report import BenchError, load, ratios_of
+from .report import BenchError, load
 
 ALLOWED = 0.7  # of a recorded ratio: what is below is a loss and no noise
 ATTEMPTS = 3  # a neighbour on the machine may spoil one measurement, hardly three in a row
@@ -15,8 +16,18 @@ MACHINE = ("device", "cpu_level", "threads")
 Ratios = dict[tuple[str, str], float]
 
 
+def ratios_of(report: dict) -> Ratios:
+    """(row, peer) -> ratio of the best times: a busy neighbour moves medians of some rounds, hardly all of them."""
+    return {
+        (row["name"], name): peer["best_ms"] / row["best_ms"]
+        for row in report["table"]["rows"]
+        for name, peer in row["peers"].items()
+        if isinstance(peer, dict)
+    }
+
+
 def records(path: str | Path) -> list[dict]:
-    """The result in a file, or all of those in a folder, newest first. Files that are something else are passed over.
+    """The result in a file, or all of a CPU in a folder, newest first; other files there are passed over.
 
     Raises:
         BenchError: there is none.
@@ -25,13 +36,12 @@ def records(path: str | Path) -> list[dict]:
     if not path.is_dir():
         return [load(path)]
     found = []
-    for file in sorted(path.glob("*.json")):
-        try:
+    for file in path.glob("*.json"):
+        with contextlib.suppress(BenchError):
             found.append(load(file))
-        except BenchError:
-            continue
+    found = [report for report in found if "gpu" not in report["machine"]]
     if not found:
-        raise BenchError(f"{path}: no benchmark result in this folder")
+        raise BenchError(f"{path}: no benchmark result of a CPU in this folder")
     return sorted(found, key=lambda report: report.get("date", ""), reverse=True)
 
 

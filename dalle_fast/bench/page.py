@@ -103,7 +103,7 @@ def chart(curve: dict) -> str:
         f'<figure><svg width="{WIDTH}" height="{HEIGHT}" font-size="10" role="img">'
         f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - 8}" fill="none" stroke="#999"/>{"".join(marks)}'
         f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(curve["unit"])} (ms up)</text>'
-        f"</svg><figcaption>{escape(curve['name'])}<br><small>{' '.join(keys)}</small></figcaption></figure>"
+        f"</svg><figcaption>{escape(curve['name'])}<br/><small>{' '.join(keys)}</small></figcaption></figure>"
     )
 
 
