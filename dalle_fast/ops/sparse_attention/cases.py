@@ -35,7 +35,8 @@ def _case(
 
     # FLOPs of pairs that attend: q k and p v; backward these scores once more, and four products for three gradients
     flops = 4 * pattern.num_pairs(length) * dim * batch * heads
-    return Case(name, build, dtypes, flops=flops, backward_flops=flops * 5 // 2)
+    peers = {"SDPA causal": sdpa_causal} if pattern.kind == "dense" else {}
+    return Case(name, build, dtypes, flops=flops, backward_flops=flops * 5 // 2, peers=peers)
 
 
 def _paper(kind: str, side: int = 32) -> Case:
