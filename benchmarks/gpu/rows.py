@@ -60,6 +60,7 @@ def _sdpa(backend: str, **options) -> Callable[..., torch.Tensor]:
 
 
 def _sparse_row(device: str, pattern: AttentionPattern, qkvd: list[torch.Tensor], backward: bool) -> Row:
+    torch._dynamo.reset()  # it keeps eight compilations of a function; FlexAttention's ninth would run uncompiled
     *qkv, dout = qkvd
     dtype, dim = dout.dtype, dout.shape[3]
     flops = 4 * pattern.num_pairs() * dim * dout.shape[0] * dout.shape[1]

@@ -13,7 +13,7 @@ def peak_memory(function: Callable[[], object], device: str) -> int | None:
     """Bytes of one call on top of what was in use; None where the system does not say.
 
     On a CPU the resident set's high-water mark, which the kernel resets on request (Linux): so it counts what torch,
-    its libraries and our kernels take alike, in whole pages.
+    its libraries and our kernels take alike, to some hundred kilobytes.
     """
     if device == "cuda":
         torch.cuda.synchronize()
