@@ -11,7 +11,7 @@ SIMT := OFF
 help:
 	@echo "make demo    train a small system on real data, about 16 minutes; writes runs/demo/report.html"
 	@echo "make test    build everything and run all tests"
-	@echo "make bench   time every op beside its peer"
+	@echo "make bench   time every op beside its peers, under 20 minutes; writes benchmarks/results"
 	@echo "make gpu     on a machine with an NVIDIA GPU: tests, sanitizers and benchmarks there, under ten minutes"
 	@echo "make torture  kill -9, signals, damage, full disks, bad data: every run must end as if nothing had been"
 	@echo "make lint    ruff and clang-format"

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dalle_fast import bench
 
-SECONDS = 1000  # rows that begin later are timed without their peers
+SECONDS = 900  # rows that begin later are timed without their peers
 
 
 class Suite:
@@ -20,11 +21,19 @@ class Suite:
         self.timer = bench.Timer("cpu", budget=3.0)
         self.roof = bench.roofs(self.timer)
         self.deadline = time.monotonic() + SECONDS
-        self.rows: list[dict] = []
+        self.facts = bench.machine()
+        self.makers: dict[str, Callable[[], bench.Row]] = {}
+        self.table: dict = {"roofs": self.roof, "rows": []}
+        self.more: dict[str, list[dict]] = {}
 
-    def measure(self, row: bench.Row) -> dict:
-        self.rows.append(bench.measure(row, self.timer, self.roof, deadline=self.deadline))
-        return self.rows[-1]
+    def measure(self, make: Callable[[], bench.Row]) -> tuple[bench.Row, dict]:
+        row = make()
+        self.makers[row.name] = make
+        self.table["rows"].append(bench.measure(row, self.timer, self.roof, deadline=self.deadline))
+        return row, self.table["rows"][-1]
+
+    def again(self, name: str) -> dict:
+        return bench.measure(self.makers[name](), self.timer, self.roof)
 
 
 _suite: Suite | None = None
@@ -39,18 +48,19 @@ def suite() -> Suite:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", default="", help="folder for JSON and HTML")
-    parser.addoption("--record", default="", help="JSON of an earlier run: fail where a ratio fell under 0.7 of it")
+    parser.addoption(
+        "--record", default="", help="JSON of an earlier run, or a folder of them: fail where a ratio fell"
+    )
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     session.config.stash[_LOSSES] = []
-    if _suite is None or not _suite.rows:
+    if _suite is None or not _suite.table["rows"]:
         return
-    report = {"machine": bench.machine(), "table": {"roofs": _suite.roof, "rows": _suite.rows}}
-    record = session.config.getoption("--record")
-    if record:
-        session.config.stash[_LOSSES] = bench.losses(bench.load(record), report)
+    if record := session.config.getoption("--record"):
+        report = {"machine": _suite.facts, "table": _suite.table}
+        session.config.stash[_LOSSES] = bench.check(report, bench.records(record), _suite.again)
         if session.config.stash[_LOSSES]:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -60,12 +70,15 @@ _LOSSES = pytest.StashKey[list[str]]()
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if _suite is None or not _suite.rows:
+    if _suite is None or not (_suite.table["rows"] or _suite.more):
         return
-    table = {"roofs": _suite.roof, "rows": _suite.rows}
     terminalreporter.section("each row beside the best of its peers")
-    terminalreporter.write_line(bench.show(table))
+    terminalreporter.write_line(bench.show(_suite.table))
     if folder := config.getoption("--results"):
-        terminalreporter.write_line(f"written to {bench.save(table, Path(folder), bench.machine())}")
+        whole = len(_suite.table["rows"]) == len(list(bench.all_rows())) and len(_suite.more) == 2
+        path = bench.save(_suite.table, Path(folder), _suite.facts, whole=whole, **_suite.more)
+        terminalreporter.write_line(f"written to {path}")
+        if whole:
+            terminalreporter.write_line("python -m benchmarks.tables puts it into README.md and docs/benchmarks.md")
     for loss in config.stash[_LOSSES]:
         terminalreporter.write_line(f"LOST: {loss}")

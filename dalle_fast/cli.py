@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -229,13 +230,18 @@ def _bench(args: list[str]) -> None:
     parser = _parser(
         "bench", "Times every op and whole training steps beside their peers, each checked against float64."
     )
-    parser.add_argument("--only", default="", help="rows whose name matches this pattern")
+    parser.add_argument("--ops", "--only", default="", help="rows whose name matches this pattern")
     parser.add_argument("--peers", default="", help="peers whose name matches this pattern")
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch and of our kernels; 0: as PyTorch chooses")
-    parser.add_argument("--seconds", type=float, default=1000.0, help="rows that begin later are timed without peers")
-    parser.add_argument("--out", default="", help="folder for JSON and HTML; empty: print only")
-    parser.add_argument("--check", default="", help="JSON of an earlier run: fail where a ratio fell under 0.7 of it")
+    parser.add_argument("--seconds", type=float, default=900.0, help="rows that begin later are timed without peers")
+    parser.add_argument("--scaling", action="store_true", help="in place of the rows: time against what grows")
+    parser.add_argument("--overhead", action="store_true", help="in place of the rows: the cost of a call")
+    parser.add_argument("--all", action="store_true", help="rows, --scaling and --overhead")
+    parser.add_argument("--clone", default="", help="folder with a clone of DALLE-pytorch: one more peer of a step")
+    results = {"nargs": "?", "const": "benchmarks/results", "default": ""}
+    parser.add_argument("--json", "--out", **results, help="write JSON and a page into this folder; else only print")
+    parser.add_argument("--check", default="", help="JSON of a run, or a folder of them: fail where a ratio fell")
     parser.add_argument("--table", default="", help="JSON of a run: print it as a Markdown table and stop")
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="two JSON files: print both and stop")
     arguments = parser.parse_args(args)
@@ -249,36 +255,49 @@ def _bench(args: list[str]) -> None:
     if arguments.compare:
         print(bench.compare(*map(bench.load, arguments.compare)))
         return
-    for name in ("only", "peers"):
+    for name in ("ops", "peers"):
         try:
             re.compile(getattr(arguments, name))
         except re.error as error:
             raise ConfigError(
                 f"--{name}: expected a regular expression, got {getattr(arguments, name)!r}: {error}"
             ) from None
-    record = bench.load(arguments.check) if arguments.check else None
+    recorded = bench.records(arguments.check) if arguments.check else None
     if arguments.threads < 0:
         raise ConfigError(f"--threads: expected a number of threads or 0, got {arguments.threads}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    rows = list(bench.all_rows())
+    rows = dict(bench.all_rows(arguments.clone))
     if arguments.list:
-        print("\n".join(name for name, _ in rows))
+        print("\n".join(rows))
         return
+    facts, table, more = bench.machine(), {"roofs": {}, "rows": []}, {}
     timer = bench.Timer("cpu", budget=3.0)
-    table = bench.run(rows, timer, only=arguments.only, peers=arguments.peers, seconds=arguments.seconds)
-    if not table["rows"]:
-        raise ConfigError(f"--only: no row matches {arguments.only!r}; --list prints them")
-    facts = bench.machine()
-    print(bench.show(table).split("\n", 2)[0])
-    if arguments.out:
-        path = bench.save(table, Path(arguments.out), facts)
+    if arguments.all or not (arguments.scaling or arguments.overhead):
+        table = bench.run(rows.items(), timer, only=arguments.ops, peers=arguments.peers, seconds=arguments.seconds)
+        if not table["rows"]:
+            raise ConfigError(f"--ops: no row matches {arguments.ops!r}; --list prints them")
+        print(bench.show(table).split("\n", 2)[0])
+    if arguments.all or arguments.scaling:
+        more["scaling"] = bench.measure_curves(only=arguments.ops)
+    if arguments.all or arguments.overhead:
+        more["overhead"] = bench.measure_overheads(arguments.ops)
+    if arguments.json:
+        whole = arguments.all and not (arguments.ops or arguments.peers)
+        path = bench.save(table, Path(arguments.json), facts, whole=whole, **more)
         print(f"{path}\n{path.with_suffix('.html')}")
     wrong = bench.failures(table)
-    if record is not None:
-        wrong += bench.losses(record, {"machine": facts, "table": table})
+    if recorded is not None:
+        again = functools.partial(_measure_again, rows, timer, table["roofs"], arguments.peers)
+        wrong += bench.check({"machine": facts, "table": table}, recorded, again)
     if wrong:
         raise bench.BenchError("\n".join(["these rows are wrong or have lost:", *wrong]))
+
+
+def _measure_again(rows: dict, timer: Any, roofs: dict[str, float], peers: str, name: str) -> dict:
+    from . import bench
+
+    return bench.measure(rows[name](), timer, roofs, peers=peers)
 
 
 def _histograms(args: list[str]) -> None:

@@ -6,14 +6,28 @@ from __future__ import annotations
 import copy
 import json
 import time
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from benchmarks import tables
 from dalle_fast import bench
-from dalle_fast.bench.rows import relative
+from dalle_fast.bench.memory import peak_memory
+from dalle_fast.bench.overhead import overhead_rows
+from dalle_fast.bench.page import HEIGHT, WIDTH, chart
+from dalle_fast.bench.rows import all_rooms, relative, room_row
+from dalle_fast.bench.scaling import measure_curves
 from dalle_fast.bench.steps import dalle_row, dvae_row
+from dalle_fast.bench.timing import ROOFS
 from dalle_fast.cli import main
+from dalle_fast.ops import AttentionPattern, sparse_attention
+from dalle_fast.ops.sparse_attention.peers import BLOCK_SIZES, column_by_column, flex_attention
+
+
+@pytest.fixture(autouse=True)
+def quick_roofs(monkeypatch):
+    monkeypatch.setattr("dalle_fast.bench.table.roofs", lambda timer: dict.fromkeys(ROOFS, 1e10))
 
 
 def wait(seconds):
@@ -85,18 +99,186 @@ def test_files_are_whole_and_safe(tmp_path):
     assert "wrong" in page
     assert "http" not in page, "the page needs no other file"
     assert "| peer |" in bench.markdown(bench.load(path))
+    assert "| peer |" in bench.summary(bench.load(path))
 
 
-def test_a_lost_ratio_is_found_on_the_same_machine_only():
-    measured, _ = table(row(peer=lambda: wait(0.004)))
-    now = report(measured)
+def test_documents_are_of_the_newest_result():
+    for document, made in tables.documents().items():
+        text = document.read_text()
+        assert tables.with_table(text, made) == text, f"{document.name}: run python -m benchmarks.tables"
+
+
+def test_curves_and_calls_are_measured_and_drawn(tmp_path):
+    curves = measure_curves(0.01, "^decode_attention|^AdamW16 threads", say=lambda line: None)
+    assert [curve["unit"] for curve in curves] == ["samples", "threads"]
+    assert [point["x"] for point in curves[0]["points"]] == [1, 4, 16, 64]
+    calls = bench.measure_overheads("^null|^sparse|1 x 1$", say=lambda line: None)
+    assert [call["name"] for call in calls] == ["null", "sparse_attention", "AdamW16 1 x 1"]
+    for call in calls:
+        assert 0.1 < call["ours_us"] < 1e5
+        assert call["peers"]
+    curves[0]["name"] = "<b>&"
+    path = bench.save({"roofs": {}, "rows": []}, tmp_path, bench.machine(), scaling=curves, overhead=calls)
+    page = path.with_suffix(".html").read_text()
+    assert "<b>" not in page
+    for curve in curves:
+        figure = ElementTree.fromstring(chart(curve))
+        assert len(figure.findall(".//{*}polyline")) == 1 + len(curve["points"][0]["peers"])
+        for place in figure.findall(".//{*}circle"):
+            assert 0 <= float(place.get("cx")) <= WIDTH
+            assert 0 <= float(place.get("cy")) <= HEIGHT
+    assert "call at the smallest size" in bench.markdown(bench.load(path))
+
+
+def test_every_op_has_a_call_of_its_smallest_size():
+    assert {name.split()[0] for name, _, _ in overhead_rows()} >= {room.name for room in all_rooms()} - {"adamw16"}
+
+
+def test_the_floor_is_the_larger_of_bytes_and_products():
+    roof = {"copy_bytes_per_second": 8e3, "float32_flop_per_second": 1e4, "bfloat16_flop_per_second": 1e3}
+    for flops, dtype, floor in ((0, torch.float32, 1.0), (20, torch.float32, 2.0), (20, torch.bfloat16, 2.0)):
+        one = bench.Row("row", wait(0.001), lambda: 0.0, 1e-3, bytes=8, flops=flops, flop_dtype=dtype)
+        assert bench.measure(one, bench.Timer("cpu", 0.1), roof)["floor_ms"] == pytest.approx(floor)
+    room = next(room for room in all_rooms() if room.name == "sparse_attention")
+    case = room.benchmarks[0]
+    assert case.flops == 4 * 328_304 * 64 * 8
+    assert case.backward_flops == case.flops * 5 // 2
+
+
+def test_rows_with_products_count_them():
+    without = {"gumbel_softmax", "minifloat", "null", "adamw16"}
+    for room in all_rooms():
+        assert all((case.flops == 0) == (room.name in without) for case in room.benchmarks), room.name
+
+
+def test_memory_is_that_of_the_call():
+    def call():
+        return torch.ones(4 << 20).add(1).sum()  # two of 16 MiB at a time
+
+    call()
+    memory = peak_memory(call, "cpu")
+    if memory is None:
+        pytest.skip("the system does not say")
+    assert 30 << 20 < memory < 40 << 20
+
+
+def test_cold_times_are_of_short_functions_only():
+    timer = bench.Timer("cpu", 0.05)
+    functions = {"short": wait(0.001), "long": wait(0.03)}
+    assert set(timer.cold(functions, timer.compare(functions))) == {"short"}
+
+
+@pytest.mark.parametrize("room", all_rooms(), ids=lambda room: room.name)
+def test_peers_compute_what_we_do(room):
+    """Those that draw no noise of their own and round as we do, on the room's smallest benchmark."""
+    if not room.benchmarks or room.name in ("gumbel_softmax", "vq_bottleneck", "minifloat"):
+        return
+    case = min(room.benchmarks, key=lambda case: case.flops)
+    made = [room_row(room, case, torch.float32, False) for _ in range(2)]
+    for name in made[0].peers:
+        if "compiled" in name or "all pairs" in name:
+            continue
+        ours, theirs = made[0].ours(), made[1].peers[name]()()  # of tensors of their own: some are mutated
+        if room.name == "householder":  # the signs of columns are free
+            ours, theirs = ([t @ t.mT for t in values] for values in (ours, theirs))
+        bound = max(made[0].bound, 1e-2 if room.name == "powersgd" else 1e-4)
+        assert relative(theirs[0] if room.name != "powersgd" else theirs[-1], ours[-1]) < bound, name
+
+
+def test_flex_attention_is_the_fastest_of_its_block_sizes(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    pattern = AttentionPattern("column", 130, (5, 3))
+    q, k, v = (torch.randn(1, 2, pattern.length, 16) for _ in range(3))
+    peer = flex_attention(((q, k, v, pattern), {}), False)
+    assert peer.note in [f"BLOCK_SIZE {size}" for size in BLOCK_SIZES]
+    expected = column_by_column(sparse_attention(q, k, v, pattern), pattern)
+    torch.testing.assert_close(peer(q, k, v, pattern), expected)
+
+
+def test_flex_attention_without_a_compiler_or_gradient_is_left_out(monkeypatch):
+    def no_compiler(function, **options):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    room = next(room for room in all_rooms() if room.name == "sparse_attention")
+    case = room.cases[0]
+    roof = dict.fromkeys(ROOFS, 1e10)
+    for backward, reason in ((False, "RuntimeError: no C++ compiler"), (True, "FlexAttention has no backward pass")):
+        one = bench.measure(room_row(room, case, torch.float32, backward), bench.Timer("cpu", 0.01), roof)
+        assert reason in one["peers"]["FlexAttention compiled"]
+        assert one["peers"]["SDPA with the mask"]["ratio"] > 0
+
+
+def test_a_clone_that_is_not_there_is_a_peer_that_does_not_run(tmp_path):
+    step = dalle_row(torch.float32, small=True, clone=str(tmp_path))
+    names = [name for name in step.peers if name.startswith("DALLE-pytorch")]
+    assert len(names) == 3
+    with pytest.raises(FileNotFoundError, match="has no dalle_pytorch/"):
+        step.peers[names[0]]()
+
+
+def again(name):
+    raise AssertionError(f"{name} was measured again")
+
+
+def test_a_lost_ratio_is_found():
+    now = report(table(row(peer=lambda: wait(0.004)))[0])
     record = copy.deepcopy(now)
-    assert bench.losses(record, now) == []
-    record["table"]["rows"][0]["peers"]["peer"]["ratio"] *= 1 / 0.69
-    assert "recorded" in bench.losses(record, now)[0]
+    assert bench.check(now, [record], again) == []
+    record["table"]["rows"][0]["peers"]["peer"]["best_ms"] *= 1 / 0.69
+    tries = []
+    (lost,) = bench.check(now, [record], lambda name: tries.append(name) or now["table"]["rows"][0])
+    assert lost.startswith("sleeping against peer: ")
+    assert tries == ["sleeping", "sleeping"]
+
+
+def test_a_disturbed_row_is_measured_again_before_it_counts():
+    record = report(table(row(peer=lambda: wait(0.004)))[0])
+    disturbed = copy.deepcopy(record)
+    disturbed["table"]["rows"][0]["best_ms"] *= 5
+    said = []
+    assert bench.check(disturbed, [record], lambda name: record["table"]["rows"][0], said.append) == []
+    assert said[1:] == ["attempt 2: sleeping"]
+
+
+def test_another_machine_is_held_to_no_record_but_to_the_peer():
+    now = report(table(row(peer=lambda: wait(0.004)))[0])
+    record = copy.deepcopy(now)
     record["machine"]["device"] = "another"
-    with pytest.raises(bench.BenchError, match="ratios cannot be compared"):
-        bench.losses(record, now)
+    record["table"]["rows"][0]["peers"]["peer"]["best_ms"] *= 10
+    said = []
+    assert bench.check(now, [record], again, said.append) == [], "20 there, 2 here"
+    assert "no record of a machine like this" in said[0]
+    now["table"]["rows"][0]["best_ms"] *= 4
+    (lost,) = bench.check(now, [record], lambda name: now["table"]["rows"][0])
+    assert "must be 0.70 or more" in lost
+    record["table"]["rows"][0]["peers"]["peer"]["best_ms"] *= 0.01
+    assert bench.check(now, [record], again) == [], "nobody has said that we lead"
+
+
+def test_a_planted_slow_kernel_fails_the_check(tmp_path, monkeypatch, capsys):
+    """The whole command; both sides sleep, so that a busy machine does not matter."""
+    seconds = 0.005
+    rows = [("kernel", lambda: row("kernel", seconds, peer=lambda: wait(0.02)))]
+    monkeypatch.setattr(bench, "all_rows", lambda clone="": iter(rows))
+    main(["bench", "--json", str(tmp_path)])
+    main(["bench", "--check", str(tmp_path)])
+    seconds = 0.05
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--check", str(tmp_path)])
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert "attempt 3: kernel" in printed.out
+    assert "kernel against peer: 0." in printed.err
+
+
+def test_nothing_to_check_is_an_error(tmp_path):
+    now = report(table(row(peer=lambda: wait(0.001)))[0])
+    other = report(table(row("another", peer=lambda: wait(0.001)))[0])
+    with pytest.raises(bench.BenchError, match="nothing to check"):
+        bench.check(now, [other], again)
+    with pytest.raises(bench.BenchError, match="no benchmark result of a CPU in this folder"):
+        bench.records(tmp_path)
 
 
 def test_compare_shows_both(tmp_path, capsys):
@@ -113,7 +295,7 @@ def test_compare_shows_both(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--only", "("], "--only: expected a regular expression"),
+        (["--ops", "("], "--ops: expected a regular expression"),
         (["--only", "nothing like this"], "no row matches"),
         (["--threads", "-1"], "--threads: expected"),
         (["--check", "/nowhere.json"], "not a benchmark result"),

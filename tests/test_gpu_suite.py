@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.rows import all_rows, column_by_column, flex_mask
+from benchmarks.gpu.rows import all_rows
 from dalle_fast.bench import table
 from dalle_fast.bench.rows import Row
 from dalle_fast.bench.timing import Timer
 from dalle_fast.ops import AttentionPattern
+from dalle_fast.ops.sparse_attention.peers import column_by_column, flex_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -30,6 +30,7 @@ from dalle_fast.ops import (
     vq_bottleneck,
 )
 from dalle_fast.ops.decode_attention.reference import decode_attention_reference
+from dalle_fast.ops.sparse_attention.peers import column_by_column, flex_mask
 from dalle_fast.ops.sparse_attention.reference import sparse_attention_reference
 
 
@@ -41,36 +42,12 @@ def module(name: str):
 # ---- sparse_attention
 
 
-def flex_mask(pattern: AttentionPattern) -> Callable[..., torch.Tensor]:
-    """The pattern as FlexAttention's mask_mod; for column the image tokens lie column by column, each one run."""
-    text, (height, width) = pattern.text_len, pattern.grid
-    half, extent = pattern.kernel // 2, pattern.extent
-
-    def image(q, k):  # k <= q
-        if pattern.kind == "row":
-            return q - k < extent
-        if pattern.kind == "column":
-            return q // height == k // height
-        if pattern.kind == "conv":
-            return q - k - width * torch.clamp((q - k + half) // width, max=half) <= half
-        return q >= k
-
-    return lambda b, h, q, k: (q >= k) & ((k < text) | image(q - text, k - text))
-
-
 def _flex(pattern: AttentionPattern, block: int, device: str) -> Callable[..., torch.Tensor]:
     flex = module("torch.nn.attention.flex_attention")
     length = pattern.length
     mask = flex.create_block_mask(flex_mask(pattern), None, None, length, length, device=device, BLOCK_SIZE=block)
     compiled = torch.compile(flex.flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
-
-
-def column_by_column(t: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-    """[B, H, L, D] with the image tokens in the order that `flex_mask` expects of the column pattern."""
-    text, (height, width) = pattern.text_len, pattern.grid
-    image = t[:, :, text:].unflatten(2, (height, width)).transpose(2, 3).flatten(2, 3)
-    return torch.cat((t[:, :, :text], image), 2).contiguous()
 
 
 def _sdpa(backend: str, **options) -> Callable[..., torch.Tensor]:
@@ -84,6 +61,7 @@ def _sdpa(backend: str, **options) -> Callable[..., torch.Tensor]:
 
 
 def _sparse_row(device: str, pattern: AttentionPattern, qkvd: list[torch.Tensor], backward: bool) -> Row:
+    torch._dynamo.reset()  # it keeps eight compilations of a function; FlexAttention's ninth would run uncompiled
     *qkv, dout = qkvd
     dtype, dim = dout.dtype, dout.shape[3]
     flops = 4 * pattern.num_pairs() * dim * dout.shape[0] * dout.shape[1]

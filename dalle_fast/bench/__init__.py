@@ -5,21 +5,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from .check import check, records
 from .optimizers import adamw_row, optimizer_rows
-from .report import BenchError, compare, load, losses, machine, markdown, page, save
+from .overhead import measure_overheads
+from .page import page
+from .relaxation import relaxation_row, relaxation_rows
+from .report import BenchError, compare, load, machine, markdown, save, summary
 from .rows import Row, room_rows
+from .scaling import measure_curves
 from .steps import step_rows
 from .table import failures, line, measure, run, show
 from .timing import Timer, Timing, roofs
 from .vocabularies import vocabulary_row, vocabulary_rows
 
 
-def all_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(name, maker) of everything that is timed on a CPU: the rooms' benchmarks, losses, optimizer, training steps."""
+def all_rows(clone: str = "") -> Iterator[tuple[str, Callable[[], Row]]]:
+    """(name, maker) of everything that is timed on a CPU: the rooms' benchmarks, losses, optimizer, training steps.
+
+    `clone` is a folder with DALLE-pytorch, one more peer of a training step.
+    """
     yield from room_rows()
+    yield from relaxation_rows()
     yield from vocabulary_rows()
     yield from optimizer_rows()
-    yield from step_rows()
+    yield from step_rows(clone=clone)
 
 
 __all__ = [
@@ -29,22 +38,28 @@ __all__ = [
     "Timing",
     "adamw_row",
     "all_rows",
+    "check",
     "compare",
     "failures",
     "line",
     "load",
-    "losses",
     "machine",
     "markdown",
     "measure",
+    "measure_curves",
+    "measure_overheads",
     "optimizer_rows",
     "page",
+    "records",
+    "relaxation_row",
+    "relaxation_rows",
     "roofs",
     "room_rows",
     "run",
     "save",
     "show",
     "step_rows",
+    "summary",
     "vocabulary_row",
     "vocabulary_rows",
 ]

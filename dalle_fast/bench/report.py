@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Results on disk and on paper: JSON, a self-contained HTML page with bars, a comparison, a check against a record."""
+"""Results on disk and on paper: JSON, tables for documents, a comparison of two."""
 
 from __future__ import annotations
 
 import datetime
-import html
 import json
-import math
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-
-ALLOWED = 0.7  # of a recorded ratio: what is below is a loss and no noise
+from .page import page
 
 
 class BenchError(UserError):
@@ -35,6 +33,8 @@ def machine() -> dict[str, Any]:
         "torch_cpu": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
         "commit": _commit(),
     }
 
@@ -83,7 +83,8 @@ def load(path: str | Path) -> dict:
     return report
 
 
-def _ratios(report: dict) -> dict[tuple[str, str], float]:
+def ratios_of(report: dict) -> dict[tuple[str, str], float]:
+    """(row, peer) -> how many times as long the peer takes."""
     return {
         (row["name"], name): peer["ratio"]
         for row in report["table"]["rows"]
@@ -95,7 +96,7 @@ def _ratios(report: dict) -> dict[tuple[str, str], float]:
 def compare(before: dict, after: dict) -> str:
     """Rows of both results: time and ratio then and now."""
     then = {row["name"]: row for row in before["table"]["rows"] if "median_ms" in row}
-    old, new = _ratios(before), _ratios(after)
+    old, new = ratios_of(before), ratios_of(after)
     lines = [f"{'before, ms':>12} {'after, ms':>12} {'faster':>7}   row (ratio to each peer before -> after)"]
     for row in after["table"]["rows"]:
         if row["name"] not in then or "median_ms" not in row:
@@ -108,85 +109,67 @@ def compare(before: dict, after: dict) -> str:
     return "\n".join(lines)
 
 
-def losses(record: dict, now: dict) -> list[str]:
-    """Ratios that fell under `ALLOWED` of what is recorded. Only of the same kind of machine: elsewhere they differ.
-
-    Raises:
-        BenchError: the record is of another machine.
-    """
-    for name in ("device", "cpu_level", "threads"):
-        if record["machine"].get(name) != now["machine"].get(name):
-            raise BenchError(
-                f"the record is of {name} {record['machine'].get(name)!r}, this machine has "
-                f"{now['machine'].get(name)!r}: ratios cannot be compared"
-            )
-    recorded = _ratios(record)
-    return [
-        f"{row} against {peer}: {ratio:.2f}, recorded {recorded[row, peer]:.2f}"
-        for (row, peer), ratio in _ratios(now).items()
-        if ratio < ALLOWED * recorded.get((row, peer), 0.0)
-    ]
-
-
 def markdown(report: dict) -> str:
-    """The table for a document: ours, floor, and every peer with its ratio."""
-    lines = ["| row | ours, ms | of the floor | peer | peer, ms | ratio |", "|---|---|---|---|---|---|"]
+    """All of a result for a document: every peer of every row, then the cost of a call."""
+    lines = [
+        "| row | ours, ms | cold | of the floor | memory, MB | peer | peer, ms | cold | memory, MB | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in report["table"]["rows"]:
         if "median_ms" not in row:
-            lines.append(f"| {row['name']} | failed: {row['failed']} | | | | |")
+            lines.append(f"| {row['name']} | failed: {row['failed']} | | | | | | | | |")
             continue
-        start = f"| {row['name']} | {row['median_ms']:.3f} | {row['share']:.0%} |"
-        peers = [(n, p) for n, p in row["peers"].items() if isinstance(p, dict)]
-        lines += [f"{start} {n} | {p['median_ms']:.3f} | {p['ratio']:.2f} |" for n, p in peers] or [f"{start} | | |"]
+        start = f"| {row['name']} | {row['median_ms']:.3f} | {_cold(row)} | {row['share']:.0%} | {_memory(row)} |"
+        peers = [(name, peer) for name, peer in row["peers"].items() if isinstance(peer, dict)]
+        for name, peer in peers:
+            note = f" ({peer['note']})" if "note" in peer else ""
+            figures = f"{peer['median_ms']:.3f} | {_cold(peer)} | {_memory(peer)} | {peer['ratio']:.2f}"
+            lines.append(f"{start} {name}{note} | {figures} |")
+        if not peers:
+            lines.append(f"{start} | | | | |")
+    if calls := report.get("overhead"):
+        lines += ["", "| call at the smallest size | ours, µs | torch, µs |", "|---|---|---|"]
+        for row in calls:
+            peers = ", ".join(f"{name} {us:.1f}" for name, us in row["peers"].items())
+            lines.append(f"| {row['name']} | {row['ours_us']:.1f} | {peers} |")
     return "\n".join(lines)
 
 
-_STYLE = """body{font:14px system-ui,sans-serif;margin:2em auto;max-width:70em;color:#222}h1{font-size:1.4em}
-td{padding:2px 8px;vertical-align:middle}td.n{text-align:right;font-variant-numeric:tabular-nums}
-div.b{height:12px;border-radius:2px;background:#9aa7b4}div.ours{background:#2b7a4b}div.floor{background:#d9b44a}
-tr.row td{padding-top:12px;font-weight:600}.bad{color:#a00}small{color:#666}"""
+def _cold(figures: dict) -> str:
+    return f"{figures['cold_ms']:.3f}" if "cold_ms" in figures else ""
 
 
-def page(report: dict) -> str:
-    """A self-contained HTML page: bars of the floor, ours and each peer, on one scale a row."""
-    facts = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
-                    for k, v in report["machine"].items())  # fmt: skip
-    body = []
+def _memory(figures: dict) -> str:
+    return f"{figures['memory_mb']:.1f}" if "memory_mb" in figures else ""
+
+
+_OPS = {"text": "loss of two vocabularies", "DALLE": "DALLE training step", "dVAE": "dVAE training step"}
+
+
+def summary(report: dict) -> str:
+    """One line an op for a README: what the fastest peer of each row takes as a multiple of ours, from row to row."""
+    found: dict[str, dict[str, list]] = {}
     for row in report["table"]["rows"]:
-        title = html.escape(row["name"])
-        if "median_ms" not in row:
-            body.append(f'<tr class="row"><td colspan="4" class="bad">{title}: {html.escape(row["failed"])}</td></tr>')
+        peers = {name: peer["ratio"] for name, peer in row["peers"].items() if isinstance(peer, dict)}
+        if not peers or "median_ms" not in row:
             continue
-        wrong = "" if row["error"] <= row["bound"] else ' <span class="bad">wrong</span>'
-        note = f"error {row['error']:.1e} (bound {row['bound']:.1e}), {row['bytes'] / 1e6:.1f} MB"
-        if row["flops"]:
-            note += f", {row['flops'] / 1e9:.2f} GFLOP"
-        body.append(f'<tr class="row"><td colspan="4">{title}{wrong} <small>{note}</small></td></tr>')
-        bars = [
-            ("floor", row["floor_ms"], "floor", ""),
-            ("dalle_fast", row["median_ms"], "ours", f"{row['share']:.0%}"),
-        ]
-        missing = []
-        for name, peer in row["peers"].items():
-            if isinstance(peer, dict):
-                bars.append((name, peer["median_ms"], "", f"{peer['ratio']:.2f}x"))
-            else:
-                missing.append(f"{name}: {peer}")
-        longest = max(ms for _, ms, _, _ in bars)
-        for name, ms, kind, ratio in bars:
-            width = max(0.3, 100 * ms / longest) if math.isfinite(ms) else 100
-            body.append(
-                f'<tr><td>{html.escape(name)}</td><td class="n">{ms:.3f} ms</td><td class="n">{ratio}</td>'
-                f'<td style="width:50%"><div class="b {kind}" style="width:{width:.1f}%"></div></td></tr>'
-            )
-        body += [f'<tr><td colspan="4"><small>{html.escape(text)}</small></td></tr>' for text in missing]
-    roofs = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in report["table"]["roofs"].items())
-    legend = (
-        "Medians; all of a row in one run, interleaved, each checked against float64. The floor is the larger of bytes "
-        f"and products at what this machine does at best: {roofs}. A ratio above 1: we are faster."
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>dalle_fast benchmarks</title>'
-        f"<style>{_STYLE}</style><h1>dalle_fast benchmarks, {html.escape(report['date'][:10])}</h1>"
-        f"<table>{facts}</table><p>{html.escape(legend)}</p><table>{''.join(body)}</table></html>\n"
-    )
+        word = row["name"].split()[0]
+        op = found.setdefault(_OPS.get(word, f"`{word}`"), {"forward": [], "whole": [], "share": [], "peers": []})
+        fastest = min(peers, key=peers.get)
+        op["forward" if row["name"].endswith(" forward") else "whole"].append(peers[fastest])
+        op["share"].append(row["share"])
+        op["peers"].append(fastest)
+    lines = ["| op | forward | with backward, or whole | of the floor | fastest peers |", "|---|---|---|---|---|"]
+    for op, of in found.items():
+        forward, whole, share = (
+            _range(of[key], form) for key, form in (("forward", ".1f"), ("whole", ".1f"), ("share", ".0%"))
+        )
+        lines.append(f"| {op} | {forward} | {whole} | {share} | {', '.join(dict.fromkeys(of['peers']))} |")
+    return "\n".join(lines)
+
+
+def _range(values: list[float], form: str) -> str:
+    if not values:
+        return ""
+    low, high = (format(value, form) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

@@ -87,6 +87,16 @@ def _run(function: Callable[..., Any], arguments: Arguments, backward: bool) -> 
     return list(torch.autograd.grad(outputs, inputs, [_upstream(t.shape, t.dtype, t.device) for t in outputs]))
 
 
+def _call(function: Callable[..., Any], arguments: Arguments, backward: bool) -> Call:
+    """What is timed: the call and its gradients. A peer's note about how it was tuned goes along."""
+
+    def run() -> list[torch.Tensor]:
+        return _run(function, arguments, backward)
+
+    run.note = getattr(function, "note", "")
+    return run
+
+
 def room_row(room: Room, case: Case, dtype: torch.dtype, backward: bool) -> Row:
     """A benchmark case of a room, forward or forward and backward."""
     arguments = case.build(torch.Generator().manual_seed(0), dtype)
@@ -101,22 +111,32 @@ def room_row(room: Room, case: Case, dtype: torch.dtype, backward: bool) -> Row:
     inputs = _tensors(arguments)
     with torch.no_grad():
         outputs = _tensors(room.function(*(copied := _map(torch.clone, arguments))[0], **copied[1]))
-    moved = size_of(*inputs, *outputs)
+    moved = case.elements * dtype.itemsize or size_of(*inputs, *outputs)
+    flops = case.flops
     if backward:  # once more with the upstream gradient, and the gradients
         moved += size_of(*inputs, *outputs, *outputs, *(t for t in inputs if t.requires_grad))
+        flops += 2 * flops if case.backward_flops is None else case.backward_flops
     return Row(
         f"{room.name} {case.name} {str(dtype)[6:]} {'forward+backward' if backward else 'forward'}",
-        lambda: _run(room.function, arguments, backward),
+        _call(room.function, arguments, backward),
         error,
         room.benchmark_bound or 2 * max(tolerance),  # of small cases; sums are longer here
         moved,
-        case.flops * (3 if backward else 1),
+        flops,
         {
-            name: lambda peer=peer: lambda: _run(peer, arguments, backward)
-            for name, peer in room.peers.items()
+            **{n: lambda peer=peer: _call(peer, arguments, backward) for n, peer in (case.peers or room.peers).items()},
+            **{
+                n: lambda make=make: _call(make(arguments, backward), arguments, backward)
+                for n, make in room.prepared_peers.items()
+            },
         },
         flop_dtype=dtype,
-    )  # fmt: skip
+    )
+
+
+def quick_peers(row: Row) -> dict[str, Call]:
+    """The peers that need no compiler, made."""
+    return {name: make() for name, make in row.peers.items() if "compiled" not in name}
 
 
 def all_rooms() -> list[Room]:
@@ -132,7 +152,7 @@ def room_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
             for dtype in case.dtypes:
                 if dtype == torch.float16:  # torch has no fast float16 on CPU to compare with
                     continue
-                for backward in (False, True) if room.differentiable else (False,):
+                for backward in (False, True) if room.differentiable and case.differentiable else (False,):
                     mode = "forward+backward" if backward else "forward"
                     name = f"{room.name} {case.name} {str(dtype)[6:]} {mode}"
                     yield name, lambda r=room, c=case, d=dtype, b=backward: room_row(r, c, d, b)

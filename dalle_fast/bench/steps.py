@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import DALLE, DVAE, DALLEConfig
 from ..nn import Conv2d, categorical_kl, logit_laplace_nll, map_pixels
 from ..nn.precision import full_precision
 from ..ops import gumbel_softmax
+from .clone import clone_peers
 from .rows import Row, relative
 
 
@@ -72,8 +74,11 @@ def _error(ours: Callable[[], torch.Tensor], exact: Callable[[], torch.Tensor], 
     return error
 
 
-def dalle_row(dtype: torch.dtype, *, small: bool = False, device: str = "cpu") -> Row:
-    """Width 512, four layers (row, column, row, row) of eight heads, 256 + 1024 tokens, batch 1."""
+def dalle_row(dtype: torch.dtype, *, small: bool = False, device: str = "cpu", clone: str = "") -> Row:
+    """Width 512, four layers (row, column, row, row) of eight heads, 256 + 1024 tokens, batch 1.
+
+    `clone` is a folder with DALLE-pytorch, one more peer.
+    """
     if small:
         config = DALLEConfig(64, 4, 2, 32, text_vocab_size=64, text_len=12, image_vocab_size=32, grid=(4, 4))
     else:
@@ -102,7 +107,10 @@ def dalle_row(dtype: torch.dtype, *, small: bool = False, device: str = "cpu") -
         1e-3 if dtype == torch.float32 else 6e-2,
         3 * 4 * sum(p.numel() for p in model.parameters()),
         3 * 2 * (matrices * (config.text_len + config.image_len) + heads + 2 * pairs),
-        {"plain PyTorch": lambda: _step(model, lambda: plain_dalle_loss(model, text, image, masks), dtype)},
+        {
+            "plain PyTorch": lambda: _step(model, lambda: plain_dalle_loss(model, text, image, masks), dtype),
+            **clone_peers(clone, config, text, image, dtype),
+        },
         flop_dtype=dtype,
     )
 
@@ -125,6 +133,9 @@ def dvae_row(dtype: torch.dtype, *, small: bool = False, device: str = "cpu") ->
     ours = _step(model, lambda: model(images, **options).loss, dtype)
     same_noise = functools.partial(gumbel_softmax, seed=options["seed"], backend="reference")
     exact = _step(double, lambda: plain_dvae_loss(double, images.double(), 0.5, 6.6, same_noise), torch.float32)
+    plain = _step(model, lambda: plain_dvae_loss(model, images, 0.5, 6.6), dtype)
+    with FlopCounterMode(display=False) as products:
+        plain()
     weights = [p for p in model.parameters()]
     return Row(
         f"dVAE step demo preset {str(dtype)[6:]}",
@@ -132,16 +143,19 @@ def dvae_row(dtype: torch.dtype, *, small: bool = False, device: str = "cpu") ->
         _error(ours, exact, model, double),
         5e-3 if dtype == torch.float32 else 0.2,  # autocast rounds each of the convolutions, the plain model's too
         3 * 4 * sum(p.numel() for p in weights) + 3 * 4 * images.numel(),
-        0,
-        {"plain PyTorch": lambda: _step(model, lambda: plain_dvae_loss(model, images, 0.5, 6.6), dtype)},
+        products.get_total_flops(),
+        {"plain PyTorch": lambda: plain},
         flop_dtype=dtype,
     )
 
 
-def step_rows(*, small: bool = False) -> Iterator[tuple[str, Callable[[], Row]]]:
+def step_rows(*, small: bool = False, clone: str = "") -> Iterator[tuple[str, Callable[[], Row]]]:
     """(name, maker) of the training steps in float32 and bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
         width = 64 if small else 512
-        yield f"DALLE step width {width} {str(dtype)[6:]}", lambda dtype=dtype: dalle_row(dtype, small=small)
+        yield (
+            f"DALLE step width {width} {str(dtype)[6:]}",
+            lambda dtype=dtype: dalle_row(dtype, small=small, clone=clone),
+        )
     for dtype in (torch.float32, torch.bfloat16):
         yield f"dVAE step demo preset {str(dtype)[6:]}", lambda dtype=dtype: dvae_row(dtype, small=small)

@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-WARMUP, ROUNDS = 5, 20
-FLUSH_BYTES = 256 << 20  # several times the second-level cache
+WARMUP, ROUNDS, COLD_ROUNDS = 5, 20, 5
+FLUSH_BYTES = 256 << 20  # several times the second-level cache of a GPU
+COLD_SECONDS = 0.02  # longer calls do not feel what the caches hold
 ROOFS = ("copy_bytes_per_second", "float32_flop_per_second", "bfloat16_flop_per_second")
 
 
@@ -69,6 +71,22 @@ class Timer:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
+    def cold(self, functions: dict[str, Callable[[], object]], warm: dict[str, Timing]) -> dict[str, float]:
+        """Median seconds of a call after the caches were emptied, of CPU functions that are short enough to feel it.
+
+        On CUDA every time is one with empty caches.
+        """
+        if self.device == "cuda":
+            return {}
+        if self.flush is None:
+            self.flush = torch.zeros(max(64 << 20, 2 * _cache_bytes()) // 4)
+        times: dict[str, list[float]] = {name: [] for name in functions if warm[name].median < COLD_SECONDS}
+        for _ in range(COLD_ROUNDS):
+            for name, seconds in times.items():
+                self.flush.add_(1)
+                seconds.append(self.once(functions[name]))
+        return {name: statistics.median(seconds) for name, seconds in times.items()}
+
     def _rounds(self, functions, graph):
         first = {name: self.once(function) for name, function in functions.items()}
         rounds = {name: max(3, min(ROUNDS, int(self.budget / max(t, 1e-9)))) for name, t in first.items()}
@@ -78,6 +96,15 @@ class Timer:
                 if i < rounds[name]:
                     times[name].append(self.once(function))
         return {name: Timing(statistics.median(t), min(t), graph) for name, t in times.items()}
+
+
+def _cache_bytes() -> int:
+    """Of the last-level cache."""
+    try:
+        sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+        return max(int(size.strip().removesuffix("K")) << 10 for size in sizes)
+    except (OSError, ValueError):
+        return 32 << 20
 
 
 def _recorded(function: Callable[[], object]) -> Callable[[], None]:

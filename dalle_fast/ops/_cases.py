@@ -24,6 +24,14 @@ class Case:
     """Dtypes to run it in."""
     flops: int = 0
     """Of a benchmark: FLOPs of the forward pass's matrix products, pairs that attend only."""
+    backward_flops: int | None = None
+    """The same of the backward pass; None: twice those of the forward pass."""
+    elements: int = 0
+    """Of a benchmark: elements that a forward pass has to read or write; 0: all of its arguments and results."""
+    differentiable: bool = True
+    """Of a benchmark: whether the backward pass is timed too, in a room that has one."""
+    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """Of a benchmark: peers in place of the room's."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,11 @@ class Room:
     """What ||ours - float64|| / ||float64|| of a benchmark may be; 0: twice the larger number of the tolerance."""
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     """name -> function of the same arguments: what users would call otherwise, called its best way."""
+    prepared_peers: dict[str, Callable[[Arguments, bool], Callable[..., Any]]] = field(default_factory=dict)
+    """name -> (arguments, backward) -> a peer that was compiled, tuned or given its own state outside of what is timed;
+    it raises where that cannot be. The peer's attribute `note`, if any, is reported."""
+    curves: dict[str, dict[int, Case]] = field(default_factory=dict)
+    """What grows -> its value -> the call to time."""
 
 
 def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype, requires_grad: bool = True) -> torch.Tensor:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,23 +44,28 @@ def _case(
         at = torch.tensor([position]) if on_device else position
         return (*new, *text, *image, pattern, at), {}
 
-    return Case(name, build, dtypes)
+    text, seen = pattern.text_len, int(pattern.mask()[min(position, pattern.length - 1), pattern.text_len :].sum())
+    # q, out, the new k and v into their slots, the text once for all samples, the keys seen of each ring
+    elements = batch * dim * (2 * heads + 4 * kv + 2 * kv * seen) + 2 * text_batch * kv * text * dim
+    return Case(name, build, dtypes, flops=4 * batch * heads * (text + seen) * dim, elements=elements)
 
 
-@lru_cache(maxsize=8)
-def _slots(pattern: AttentionPattern, position: int, ring: int) -> torch.Tensor:
-    return pattern.mask()[position][pattern.text_len :].nonzero().flatten() % ring
-
-
-def _peer(q, k, v, text_k, text_v, image_k, image_v, pattern: AttentionPattern, position: int) -> Any:
-    """Gather and scaled_dot_product_attention, the slots of the pattern being known."""
-    raster, ring = position - pattern.text_len, image_k.shape[2]
-    image_k[:, :, raster % ring], image_v[:, :, raster % ring] = k, v
-    slots = _slots(pattern, position, ring)  # made once, outside of what is timed
+def _gathered(arguments: Arguments, backward: bool) -> Callable[..., torch.Tensor]:
+    """scaled_dot_product_attention on keys in one piece: each sample's text copied there before, the few image keys
+    that the pattern sees at each call."""
+    q, _, _, text_k, text_v, image_k, _, pattern, position = arguments[0]
+    raster, ring, text = position - pattern.text_len, image_k.shape[2], pattern.text_len
+    slots = pattern.mask()[position, text:].nonzero().flatten() % ring
+    spare = text_k.new_empty(q.shape[0], text_k.shape[1], len(slots), q.shape[2])
     share = q.shape[0] // text_k.shape[0]
-    keys = torch.cat((text_k.repeat_interleave(share, 0), image_k[:, :, slots]), 2)
-    values = torch.cat((text_v.repeat_interleave(share, 0), image_v[:, :, slots]), 2)
-    return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values).squeeze(2)
+    keys, values = (torch.cat((t.repeat_interleave(share, 0), spare), 2) for t in (text_k, text_v))
+
+    def run(q, k, v, text_k, text_v, image_k, image_v, *_: Any) -> torch.Tensor:
+        image_k[:, :, raster % ring], image_v[:, :, raster % ring] = k, v
+        keys[:, :, text:], values[:, :, text:] = image_k[:, :, slots], image_v[:, :, slots]
+        return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values).squeeze(2)
+
+    return run
 
 
 def _paper(kind: str, batch: int = 16) -> Case:
@@ -101,5 +106,6 @@ ROOM = Room(
     tolerance={torch.float32: (2e-5, 5e-6), torch.bfloat16: (1e-2, 4e-3), torch.float16: (2e-3, 5e-4)},
     differentiable=False,
     benchmarks=(_paper("row"), _paper("column"), _paper("conv"), _paper("dense"), _paper("row", 64)),
-    peers={"gather + F.scaled_dot_product_attention": _peer},
+    prepared_peers={"SDPA on gathered keys": _gathered},
+    curves={"samples": {count: _paper("row", count) for count in (1, 4, 16, 64)}},
 )

@@ -23,11 +23,23 @@ def _case(name: str, *shape: int, tau: float = 0.7, dim: int = 1, channels_last:
         logits.requires_grad_(not options.get("hard", False))
         return (logits, tau), {"dim": dim, "seed": 7, "offset": 3, **options}
 
+    if options.get("hard", False):
+        peers = {"F.gumbel_softmax(hard=True)": _hard_peer, "argmax of logits and noise": _argmax_peer}
+        return Case(name, build, DTYPES, differentiable=False, peers=peers)
     return Case(name, build, DTYPES)
 
 
-def _peer(logits: torch.Tensor, tau: float, dim: int, seed: int, offset: int, **_: Any) -> torch.Tensor:
+def _peer(logits: torch.Tensor, tau: float, dim: int, **_: Any) -> torch.Tensor:
     return F.gumbel_softmax(logits, tau, dim=dim)
+
+
+def _hard_peer(logits: torch.Tensor, tau: float, dim: int, **_: Any) -> torch.Tensor:
+    return F.gumbel_softmax(logits, tau, dim=dim, hard=True)
+
+
+def _argmax_peer(logits: torch.Tensor, tau: float, dim: int, **_: Any) -> torch.Tensor:
+    """What hard samples are for those who want the index only."""
+    return torch.argmax(logits - torch.empty_like(logits).exponential_().log_(), dim)
 
 
 ROOM = Room(
@@ -66,7 +78,11 @@ ROOM = Room(
     benchmarks=(
         _case("32x256x8x8", 32, 256, 8, 8),
         _case("32x256x8x8 channels_last", 32, 256, 8, 8, channels_last=True),
-        _case("4x8192x32x32", 4, 8192, 32, 32),
+        _case("1024x8192", 1024, 8192),
+        _case("1024x8192 hard", 1024, 8192, hard=True),
+        _case("1x8192x32x32", 1, 8192, 32, 32),
+        _case("1x8192x32x32 hard", 1, 8192, 32, 32, hard=True),
     ),
     peers={"F.gumbel_softmax": _peer},
+    curves={"codes": {codes: _case(f"1024x{codes}", 1024, codes) for codes in (128, 512, 2048, 8192)}},
 )

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .._cases import Arguments, Case, Room, randn
@@ -25,11 +27,23 @@ def _case(
             p = p * torch.logspace(*column_scales, shape[-1])
         return (p,), {"eps": eps}
 
-    return Case(name, build, (torch.float32,))
+    m, r = shape[-2:]
+    flops = math.prod(shape[:-2]) * (4 * m * r * r - 4 * r**3 // 3)  # the factors, then the columns of Q
+    return Case(name, build, (torch.float32,), flops=flops)
+
+
+def _with_diagonal(p: torch.Tensor, eps: float) -> torch.Tensor:
+    p = p.clone()
+    p.diagonal(dim1=-2, dim2=-1).add_(eps)
+    return p
 
 
 def _qr(p: torch.Tensor, eps: float) -> torch.Tensor:
-    return torch.linalg.qr(p + eps * torch.eye(*p.shape[-2:])).Q
+    return torch.linalg.qr(_with_diagonal(p, eps)).Q
+
+
+def _geqrf(p: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.linalg.householder_product(*torch.geqrf(_with_diagonal(p, eps)))
 
 
 ROOM = Room(
@@ -63,5 +77,6 @@ ROOM = Room(
         _case("3968x112", 3968, 112),
         _case("32 x 496x112", 32, 496, 112),
     ),
-    peers={"torch.linalg.qr": _qr},
+    peers={"torch.linalg.qr": _qr, "geqrf + householder_product": _geqrf},
+    curves={"rank": {rank: _case(f"1984x{rank}", 1984, rank) for rank in (14, 28, 56, 112, 224)}},
 )

@@ -32,7 +32,7 @@ def _case(
         b = randn(generator, num_codes, dtype=dtype) if bias else None
         return (x, weight, target, b), {"chunk_rows": chunk}
 
-    return Case(name, build, DTYPES)
+    return Case(name, build, DTYPES, flops=2 * num_rows * width * num_codes)
 
 
 def _trained(num_rows: int, width: int, num_codes: int) -> Case:
@@ -48,6 +48,21 @@ def _peer(*args: torch.Tensor | None, chunk_rows: int | None = None) -> torch.Te
     x, weight, target, bias = args
     return F.cross_entropy(F.linear(x, weight, bias), target)
 
+
+def _torch_peer(*args: torch.Tensor | None, chunk_rows: int | None = None) -> torch.Tensor:
+    x, weight, target, bias = args
+    return F.linear_cross_entropy(x, weight, target, linear_bias=bias)
+
+
+def _chunked_peer(*args: torch.Tensor | None, chunk_rows: int | None = None) -> torch.Tensor:
+    x, weight, target, bias = args
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x, weight, target, linear_bias=bias, options=options)
+
+
+_TORCH_PEERS = {}
+if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since torch 2.14
+    _TORCH_PEERS = {"F.linear_cross_entropy": _torch_peer, "F.linear_cross_entropy in chunks": _chunked_peer}
 
 ROOM = Room(
     name="linear_cross_entropy",
@@ -72,5 +87,6 @@ ROOM = Room(
     tolerance={torch.float32: (2e-5, 2e-5), torch.bfloat16: (1e-2, 3e-2), torch.float16: (2e-3, 2e-3)},
     grad_tolerance={torch.float32: (2e-5, 2e-5), torch.bfloat16: (4e-2, 3e-2), torch.float16: (4e-3, 2e-3)},
     benchmarks=(_trained(1024, 512, 8192), _trained(4096, 256, 256)),
-    peers={"F.cross_entropy(F.linear)": _peer},
+    peers={"F.cross_entropy(F.linear)": _peer, **_TORCH_PEERS},
+    curves={"codes": {codes: _trained(1024, 512, codes) for codes in (512, 2048, 8192)}},
 )

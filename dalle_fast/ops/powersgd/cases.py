@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,17 +54,33 @@ def _real(m: int, n: int, r: int) -> Case:
         factor = minifloat_encode(torch.randn(n, r, generator=generator), "1-6-9")
         return (error, factor, torch.randn(m, n, generator=generator) * 1e-3), {}
 
-    return Case(f"{m}x{n} rank {r}", build, (torch.float32,))
+    return Case(f"{m}x{n} rank {r}", build, (torch.float32,), flops=6 * m * n * r)
 
 
 def _peer(error, factor, grad, machines: int = 4):
-    """The composed ops, with a float32 error buffer's worth of arithmetic."""
+    """The composed ops on the same 16-bit error buffer."""
     e = minifloat_decode(error, "1-6-9").add_(grad, alpha=0.5)
     p = (e @ minifloat_decode(factor, "1-6-9")).mul_(2.0)
     q = e.mT @ p
     g = p @ q.mT
     error.copy_(minifloat_encode(e.sub_(g, alpha=0.25 / machines), "1-6-9"))
     return g.mul_(0.25)
+
+
+def _float_peer(arguments: Arguments, backward: bool) -> Callable[..., torch.Tensor]:
+    """The composed ops on float32 buffers of twice the size, as torch's hook has them."""
+    error, factor, grad = arguments[0]
+    e, x = minifloat_decode(error, "1-6-9"), minifloat_decode(factor, "1-6-9")
+
+    def run(*_: Any, machines: int = 4) -> torch.Tensor:
+        e.add_(grad, alpha=0.5)
+        p = (e @ x).mul_(2.0)
+        q = e.mT @ p
+        g = p @ q.mT
+        e.sub_(g, alpha=0.25 / machines)
+        return g.mul_(0.25)
+
+    return run
 
 
 ROOM = Room(
@@ -94,4 +111,6 @@ ROOM = Room(
     benchmark_bound=4e-3,  # real numbers: each of three products is rounded by up to 2^-10, and made of rounded ones
     benchmarks=(_real(496, 3968, 112), _real(1984, 3968, 112)),
     peers={"composed ops": _peer},
+    curves={"rank": {rank: _real(496, 3968, rank) for rank in (14, 28, 56, 112, 224)}},
+    prepared_peers={"composed ops, float32 buffers": _float_peer},
 )

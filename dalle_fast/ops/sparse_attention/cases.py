@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 
 from .._cases import Arguments, Case, Room, randn
 from ..pattern import AttentionPattern
 from . import sparse_attention
+from .peers import flex_attention, sdpa_causal, sdpa_masked
 from .reference import sparse_attention_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,24 +33,15 @@ def _case(
         k, v = (randn(generator, batch, kv_heads or heads, length, dim, dtype=dtype) for _ in range(2))
         return (q, k, v, pattern), {"scale": scale}
 
-    return Case(name, build, dtypes)
+    # FLOPs of pairs that attend: q k and p v; backward these scores once more, and four products for three gradients
+    flops = 4 * pattern.num_pairs(length) * dim * batch * heads
+    peers = {"SDPA causal": sdpa_causal} if pattern.kind == "dense" else {}
+    return Case(name, build, dtypes, flops=flops, backward_flops=flops * 5 // 2, peers=peers)
 
 
-@lru_cache(maxsize=8)
-def _float_mask(pattern: AttentionPattern, length: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(length, length, dtype=dtype).masked_fill_(~pattern.mask(length), -torch.inf)
-
-
-def _peer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern, **_: Any) -> torch.Tensor:
-    if pattern.kind == "dense":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # the mask is made once, outside of what is timed
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=_float_mask(pattern, q.shape[2], q.dtype))
-
-
-def _paper(kind: str) -> Case:
-    pattern = AttentionPattern(kind, text_len=256, grid=(32, 32))
-    return _case(f"{kind} 256+32x32", pattern, batch=1, heads=8, dim=64, dtypes=(torch.float32, torch.bfloat16))
+def _paper(kind: str, side: int = 32) -> Case:
+    pattern = AttentionPattern(kind, text_len=256, grid=(side, side))
+    return _case(f"{kind} 256+{side}x{side}", pattern, batch=1, heads=8, dim=64, dtypes=(torch.float32, torch.bfloat16))
 
 
 def _small(kind: str) -> Case:
@@ -109,5 +97,7 @@ ROOM = Room(
         _small("row"),
         _small("column"),
     ),
-    peers={"F.scaled_dot_product_attention": _peer},
+    peers={"SDPA with the mask": sdpa_masked, "SDPA causal, all pairs": sdpa_causal},
+    prepared_peers={"FlexAttention compiled": flex_attention},
+    curves={"tokens": {256 + side**2: _paper("row", side) for side in (8, 16, 32, 48)}},
 )

@@ -86,4 +86,10 @@ ROOM = Room(
         _case("1x256x32x32 8192 codes", 1, 256, 32, 32, codes=8192, width=128, channels_last=True),
     ),
     peers={"composed ops": _composed},
+    curves={
+        "codes": {
+            codes: _case(f"1x96x32x32 {codes} codes", 1, 96, 32, 32, codes=codes, width=32, channels_last=True)
+            for codes in (256, 1024, 4096)
+        }
+    },
 )
