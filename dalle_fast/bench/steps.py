@@ -114,7 +114,11 @@ def dvae_row(dtype: torch.dtype, *, small: bool = False, device: str = "cpu") ->
     config = preset("dvae", "emoji").model
     torch.manual_seed(0)
     model = DVAE(config).to(device, memory_format=torch.channels_last)
+    plain = copy.deepcopy(model)
     double = copy.deepcopy(model).double()
+    for module in [*plain.modules(), *double.modules()]:
+        if isinstance(module, Conv2d):
+            module.backend = "reference"
     for module in double.modules():
         if isinstance(module, Conv2d):
             module.full_precision = False  # it would be float32
@@ -133,7 +137,7 @@ def dvae_row(dtype: torch.dtype, *, small: bool = False, device: str = "cpu") ->
         5e-3 if dtype == torch.float32 else 0.2,  # autocast rounds each of the convolutions, the plain model's too
         3 * 4 * sum(p.numel() for p in weights) + 3 * 4 * images.numel(),
         0,
-        {"plain PyTorch": lambda: _step(model, lambda: plain_dvae_loss(model, images, 0.5, 6.6), dtype)},
+        {"plain PyTorch": lambda: _step(plain, lambda: plain_dvae_loss(plain, images, 0.5, 6.6), dtype)},
         flop_dtype=dtype,
     )
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from ..ops import conv2d
 from .precision import full_precision
 
 
@@ -25,15 +25,20 @@ class Conv2d(nn.Module):
             raise ValueError(f"kernel: expected an odd size, got {kernel}")
         self.kernel = kernel
         self.full_precision = full_precision
+        self.backend = "auto"
         self.w = nn.Parameter(torch.empty(num_out, num_in, kernel, kernel))
         self.b = nn.Parameter(torch.zeros(num_out))
         nn.init.normal_(self.w, std=(num_in * kernel**2) ** -0.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, *, gain: float = 1.0, relu: bool = False
+    ) -> torch.Tensor:
+        """residual + gain * conv(relu(x)), see `ops.conv2d`."""
+        options = {"gain": gain, "relu": relu, "backend": self.backend}
         if self.full_precision:
             with full_precision(x):
-                return F.conv2d(x.float(), self.w, self.b, padding=self.kernel // 2)
-        return F.conv2d(x, self.w, self.b, padding=self.kernel // 2)
+                return conv2d(x.float(), self.w, self.b, residual, **options)
+        return conv2d(x, self.w, self.b, residual, **options)
 
     def extra_repr(self) -> str:
         return f"{self.w.shape[1]}, {self.w.shape[0]}, kernel={self.kernel}"
@@ -57,7 +62,12 @@ class _Block(nn.Module):
         self.res_path = nn.Sequential(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.add(self.id_path(x), self.res_path(x), alpha=self.post_gain)
+        """id_path(x) + post_gain * res_path(x), each ReLU and the sum within a convolution."""
+        *convs, last = [layer for layer in self.res_path if isinstance(layer, Conv2d)]
+        h = x
+        for conv in convs:
+            h = conv(h, relu=True)
+        return last(h, self.id_path(x), gain=self.post_gain, relu=True)
 
 
 class EncoderBlock(_Block):

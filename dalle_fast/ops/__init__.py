@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .conv2d import conv2d
 from .decode_attention import decode_attention
 from .gumbel_softmax import gumbel_softmax
 from .householder import orthonormalize
@@ -16,6 +17,7 @@ from .vq_bottleneck import vq_bottleneck
 
 __all__ = [
     "AttentionPattern",
+    "conv2d",
     "decode_attention",
     "gumbel_softmax",
     "linear_cross_entropy",
