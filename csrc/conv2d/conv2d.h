@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// out = residual + gain (conv(relu(x)) + bias): stride 1, odd kernel, "same" zero padding, for few channels. A library
-// fills its vectors with channels, which leaves them half empty at 6 or 12; here lanes are pixels.
+// out = residual + gain (conv(relu(x)) + bias): stride 1, odd kernel, "same" zero padding, for few channels; x may come
+// at half the size and counts as doubled. A library fills its vectors with channels, which leaves them half empty at 6
+// or 12; here lanes are pixels.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,8 @@
 namespace dalle_fast::conv2d {
 
 struct Shape {
-  int64_t batch, num_in, num_out, height, width, kernel;
+  int64_t batch, num_in, num_out, height, width, kernel;  // of the output
+  int64_t scale;                                          // x is [B, num_in, H / scale, W / scale], 1 or 2
 
   int64_t pixels() const { return height * width; }
   int64_t taps() const { return kernel * kernel; }
@@ -41,7 +43,7 @@ inline int64_t backward_workspace(const Shape& s) {
 struct ForwardParams {
   Shape shape;
   float* out;             // [B, num_out, H, W]
-  const float* x;         // [B, num_in, H, W]
+  const float* x;         // [B, num_in, H / scale, W / scale]
   const float* weight;    // [num_out, num_in, kernel, kernel]
   const float* bias;      // [num_out]
   const float* residual;  // as `out`, or null
@@ -52,7 +54,7 @@ struct ForwardParams {
 
 struct BackwardParams {
   Shape shape;
-  float* dx;       // [B, num_in, H, W], or null
+  float* dx;       // as `x`, or null
   float* dweight;  // [num_out, num_in, kernel, kernel]; null only together with dbias
   float* dbias;    // [num_out]
   const float* dout;

@@ -54,20 +54,24 @@ DF_INLINE void store_part(float* to, VecF v, int64_t n) {
     store_n(to, v, static_cast<int>(n));
 }
 
-// Images [first, first + images) of `from` [B, channels, H, W]. Vectors reach beyond their row with zeros, and the next
-// row writes over them: so the room between rows is cleared.
+// Images [first, first + images) of `from` [B, channels, H / scale, W / scale]. Vectors reach beyond their row with
+// zeros, and the next row writes over them: so the room between rows is cleared.
 template <bool kRelu>
-void lay_out(float* to, const Planes& planes, const float* from, const Shape& s, int64_t channels, int64_t first,
-             int64_t images) {
-  const int64_t pad = s.kernel / 2;
+void lay_out(float* to, const Planes& planes, const float* from, const Shape& s, int64_t channels, int64_t scale,
+             int64_t first, int64_t images) {
+  const int64_t pad = s.kernel / 2, from_width = s.width / scale;
+  VecI twice = {};
+  for (int i = 0; i < kLanes; ++i) twice[i] = i / 2;
   for (int64_t c = 0; c < channels; ++c, to += planes.stride) {
     zero(to, planes.margin);
     for (int64_t i = 0; i < images; ++i) {
-      const float* row = from + ((first + i) * channels + c) * s.pixels();
-      for (int64_t y = 0; y < s.height; ++y, row += s.width) {
+      const float* const image = from + ((first + i) * channels + c) * s.height / scale * from_width;
+      for (int64_t y = 0; y < s.height; ++y) {
+        const float* const row = image + y / scale * from_width;
         float* const plane = to + planes.row(i, y);
         for (int64_t x = 0; x < s.width; x += kLanes) {
-          const VecF v = load_part(row + x, s.width - x);
+          VecF v = load_part(row + x / scale, from_width - x / scale);
+          if (scale == 2) v = __builtin_shuffle(v, twice);
           storeu(plane + x, kRelu ? (v <= splat(0.0f) ? VecF{} : v) : v);  // NaN stays
         }
         for (int64_t x = s.width; x < planes.pitch; x += kLanes) storeu(plane + x, VecF{});
@@ -128,20 +132,24 @@ void convolve(float* to, const float* from, const Planes& planes, const float* w
   blocks(std::integral_constant<int, 1>());
 }
 
-// f(offset of a row in an image, its number in the planes, its vector, how much of it) for each vector of the images.
+// f(offset in an image, place in the planes, how much there is) for each vector of an image.
 template <typename F>
-DF_INLINE void for_each_vector(const Planes& planes, const Shape& s, int64_t i, F f) {
-  for (int64_t y = 0; y < s.height; ++y)
-    for (int64_t x = 0; x < s.width; x += kLanes) f(y * s.width + x, planes.row(i, y) + x, s.width - x);
+DF_INLINE void for_each_vector(const Planes& planes, int64_t i, int64_t height, int64_t width, int64_t scale, F f) {
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; x += kLanes) f(y * width + x, planes.row(i, y * scale) + x * scale, width - x);
 }
 
-// Lane i is the sum of v[i]: neighbours are added, of two vectors at a time.
-DF_INLINE VecF hsum_each(VecF (&v)[kLanes]) {
+// Sums of neighbours, first those of `a`.
+DF_INLINE VecF add_neighbours(VecF a, VecF b) {
   VecI even = {};
   for (int i = 0; i < kLanes; ++i) even[i] = 2 * i;
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+}
+
+// Lane i is the sum of v[i].
+DF_INLINE VecF hsum_each(VecF (&v)[kLanes]) {
   for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i)
-      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], even + 1);
+    for (int i = 0; i < n; ++i) v[i] = add_neighbours(v[2 * i], v[2 * i + 1]);
   return v[0];
 }
 
@@ -199,7 +207,7 @@ struct Scratch {
     const int64_t pointers = s.taps() * 2 + (backward ? s.num_in * s.taps() * 2 : 0);  // 8 bytes each
     const int64_t head = round_up(pointers, 16);
     const int64_t channels = s.num_in + (backward ? s.num_out : 0) + kRows;
-    float* const start = memory.floats(head + channels * planes.stride);
+    float* const start = memory.floats(head + channels * planes.stride + 2 * kLanes);
     shifts = reinterpret_cast<int64_t*>(start);
     sources = reinterpret_cast<const float**>(shifts + s.taps());
     x = start + head;
@@ -229,7 +237,7 @@ void forward(const ForwardParams& p) {
     static thread_local ThreadScratch memory;
     const Planes planes(s, images);
     const Scratch scratch(memory, s, planes, false);
-    layout(scratch.x, planes, p.x, s, s.num_in, first, images);
+    layout(scratch.x, planes, p.x, s, s.num_in, s.scale, first, images);
     for (int64_t c = 0; c < s.num_out; c += kRows) {
       const float* const weight = p.workspace + c * s.num_in * s.taps();
       convolve(scratch.rows, scratch.x, planes, weight, scratch.shifts, s.num_in, s.taps());
@@ -238,7 +246,7 @@ void forward(const ForwardParams& p) {
         const VecF bias = splat(p.gain * p.bias[c + r]);
         for (int64_t i = 0; i < images; ++i) {
           const int64_t base = ((first + i) * s.num_out + c + r) * s.pixels();
-          for_each_vector(planes, s, i, [&](int64_t at, int64_t position, int64_t n) {
+          for_each_vector(planes, i, s.height, s.width, 1, [&](int64_t at, int64_t position, int64_t n) {
             VecF v = load_part(plane + position, n) + bias;
             if (p.residual) v += load_part(p.residual + base + at, n);
             store_part(p.out + base + at, v, n);
@@ -259,9 +267,9 @@ void backward(const BackwardParams& p) {
     static thread_local ThreadScratch memory;
     const Planes planes(s, images);
     const Scratch scratch(memory, s, planes, true);
-    lay_out<false>(scratch.out, planes, p.dout, s, s.num_out, first, images);
+    lay_out<false>(scratch.out, planes, p.dout, s, s.num_out, 1, first, images);
     if (p.dweight) {
-      layout(scratch.x, planes, p.x, s, s.num_in, first, images);
+      layout(scratch.x, planes, p.x, s, s.num_in, s.scale, first, images);
       for (int64_t j = 0; j < count; ++j)
         scratch.sources[j] = scratch.x + j / s.taps() * planes.stride + planes.margin + scratch.shifts[j % s.taps()];
       float* const to = partial + task * sums;
@@ -274,15 +282,20 @@ void backward(const BackwardParams& p) {
       }
     }
     if (!p.dx) return;
+    const int64_t height = s.height / s.scale, width = s.width / s.scale;
     for (int64_t c = 0; c < s.num_in; c += kRows) {
       const float* const weight = p.workspace + c * s.num_out * s.taps();
       convolve(scratch.rows, scratch.out, planes, weight, scratch.shifts, s.num_out, s.taps());
       for (int64_t r = 0; r < kRows && c + r < s.num_in; ++r) {
         const float* const plane = scratch.rows + r * planes.stride;
         for (int64_t i = 0; i < images; ++i) {
-          const int64_t base = ((first + i) * s.num_in + c + r) * s.pixels();
-          for_each_vector(planes, s, i, [&](int64_t at, int64_t position, int64_t n) {
-            VecF v = load_part(plane + position, n);
+          const int64_t base = ((first + i) * s.num_in + c + r) * height * width;
+          for_each_vector(planes, i, height, width, s.scale, [&](int64_t at, int64_t position, int64_t n) {
+            VecF v = loadu(plane + position);
+            if (s.scale == 2) {  // the four pixels of one
+              const float* const below = plane + position + planes.pitch;
+              v = add_neighbours(v + loadu(below), loadu(plane + position + kLanes) + loadu(below + kLanes));
+            }
             if (p.relu) v = load_part(p.x + base + at, n) <= splat(0.0f) ? VecF{} : v;
             store_part(p.dx + base + at, v, n);
           });

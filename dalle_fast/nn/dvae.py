@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..ops import conv2d
+from ..ops.conv2d import has_kernel
 from .precision import full_precision
 
 
@@ -30,11 +32,9 @@ class Conv2d(nn.Module):
         self.b = nn.Parameter(torch.zeros(num_out))
         nn.init.normal_(self.w, std=(num_in * kernel**2) ** -0.5)
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, *, gain: float = 1.0, relu: bool = False
-    ) -> torch.Tensor:
-        """residual + gain * conv(relu(x)), see `ops.conv2d`."""
-        options = {"gain": gain, "relu": relu, "backend": self.backend}
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, **options: float | bool) -> torch.Tensor:
+        """residual + gain * conv(relu(x)); options of `ops.conv2d`."""
+        options["backend"] = self.backend
         if self.full_precision:
             with full_precision(x):
                 return conv2d(x.float(), self.w, self.b, residual, **options)
@@ -45,12 +45,16 @@ class Conv2d(nn.Module):
 
 
 class _Block(nn.Module):
-    """out = id(x) + post_gain * res(x); ReLU before every convolution; hidden width num_out / 4."""
+    """out = id(x) + post_gain * res(x); ReLU before every convolution; hidden width num_out / 4.
+
+    With `upsample` x is doubled first, each pixel two by two; then num_in != num_out.
+    """
 
     kernels: tuple[int, ...]
 
-    def __init__(self, num_in: int, num_out: int, num_layers: int) -> None:
+    def __init__(self, num_in: int, num_out: int, num_layers: int, *, upsample: bool = False) -> None:
         super().__init__()
+        self.upsample = upsample
         self.post_gain = 1 / num_layers**2
         hidden = num_out // 4
         self.id_path = Conv2d(num_in, num_out, 1) if num_in != num_out else nn.Identity()
@@ -64,10 +68,16 @@ class _Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """id_path(x) + post_gain * res_path(x), each ReLU and the sum within a convolution."""
         *convs, last = [layer for layer in self.res_path if isinstance(layer, Conv2d)]
-        h = x
-        for conv in convs:
+        within = {}
+        if self.upsample:
+            if convs[0].backend != "reference" and has_kernel(x, convs[0].w):  # it need not lie in memory
+                within = {"upsample": True}
+            else:
+                x = F.interpolate(x, scale_factor=2, mode="nearest")
+        h = convs[0](x, relu=True, **within)
+        for conv in convs[1:]:
             h = conv(h, relu=True)
-        return last(h, self.id_path(x), gain=self.post_gain, relu=True)
+        return last(h, self.id_path(x, **within), gain=self.post_gain, relu=True)
 
 
 class EncoderBlock(_Block):

@@ -22,6 +22,7 @@ def conv2d(
     *,
     gain: float = 1.0,
     relu: bool = False,
+    upsample: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """residual + gain * conv2d(relu(x), weight, bias): stride 1, odd kernel, zero padding that keeps the size.
@@ -37,6 +38,7 @@ def conv2d(
         residual: [B, N, H, W] to add to, or None.
         gain: factor of the convolution and its bias.
         relu: whether `x` goes through a ReLU first.
+        upsample: whether each pixel of `x` counts as two by two; H and W of the result are then doubled.
         backend: "auto", "cpu" or "reference".
 
     Returns:
@@ -52,16 +54,28 @@ def conv2d(
         tensor([[[[4., 4.],
                   [4., 4.]]]])
     """
-    _check(x, weight, bias, residual)
+    _check(x, weight, bias, residual, 1 + upsample)
     tensors = [t for t in (x, weight, bias, residual) if t is not None]
     supported = all(t.dtype == torch.float32 for t in tensors) and not is_autocast(x)
     chosen = _backend.choose("conv2d", backend, x, supported=supported, reason="it takes float32, outside autocast")
-    if chosen == "reference" or (backend == "auto" and min(weight.shape[:2]) > MAX_CHANNELS):
-        return conv2d_reference(x, weight, bias, residual, gain=gain, relu=relu)
-    return op.conv2d(x, weight, bias, residual, gain, relu)
+    if chosen == "reference" or (backend == "auto" and not has_kernel(x, weight)):
+        return conv2d_reference(x, weight, bias, residual, gain=gain, relu=relu, upsample=upsample)
+    return op.conv2d(x, weight, bias, residual, gain, relu, 1 + upsample)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None) -> None:
+def has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `conv2d` runs as one kernel."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and not is_autocast(x)
+        and min(weight.shape[:2]) <= MAX_CHANNELS
+        and _backend.has_room("conv2d", x.device.type)
+    )
+
+
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None, scale: int
+) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is None and name == "residual":
             continue
@@ -79,7 +93,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: 
         raise ValueError(
             f"bias: expected shape [{weight.shape[0]}] for weight of {list(weight.shape)}, got {list(bias.shape)}"
         )
-    if residual is not None and residual.shape != (out := (x.shape[0], weight.shape[0], *x.shape[2:])):
+    if residual is not None and residual.shape != (
+        out := (x.shape[0], weight.shape[0], scale * x.shape[2], scale * x.shape[3])
+    ):
         raise ValueError(f"residual: expected shape {list(out)}, got {list(residual.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None and tensor.device != x.device:

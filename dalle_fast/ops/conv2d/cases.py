@@ -35,7 +35,8 @@ def _case(
         weight = weight.mul_((num_in * kernel**2) ** -0.5).requires_grad_()
         args = [x, weight, randn(generator, num_out, dtype=dtype)]
         if residual:
-            args.append(randn(generator, batch, num_out, height, width, dtype=dtype))
+            scale = 1 + options.get("upsample", False)
+            args.append(randn(generator, batch, num_out, scale * height, scale * width, dtype=dtype))
         return tuple(args), options
 
     flops = 2 * batch * height * width * num_in * num_out * kernel**2
@@ -58,6 +59,8 @@ ROOM = Room(
         _case("input", 2, 3, 13, 20, 33, 7, grad_x=False),
         _case("channels_last", 2, 6, 4, 7, 5, relu=True, channels_last=True),
         _case("kernel_beyond_the_image", 1, 2, 3, 2, 1, 7),
+        _case("upsample", 3, 8, 7, 5, 9, 1, relu=True, upsample=True),
+        _case("upsample_wide", 5, 4, 13, 3, 37, residual=True, gain=0.5, upsample=True),
         _case("gain", 1, 3, 2, 4, 4, gain=-2.0),
         _case("wide", 2, 3, 5, 3, 70, 5, relu=True),
         _case("one", 1, 1, 1, 1, 1),

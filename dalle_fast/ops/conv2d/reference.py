@@ -15,8 +15,11 @@ def conv2d_reference(
     *,
     gain: float = 1.0,
     relu: bool = False,
+    upsample: bool = False,
 ) -> torch.Tensor:
     """The plain twin of `conv2d`."""
+    if upsample:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
     y = F.conv2d(F.relu(x) if relu else x, weight, bias, padding=weight.shape[-1] // 2)
     if residual is not None:
         return torch.add(residual, y, alpha=gain)
