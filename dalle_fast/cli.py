@@ -232,6 +232,7 @@ def _bench(args: list[str]) -> None:
     parser.add_argument("--out", default="", help="folder for JSON and HTML; empty: print only")
     parser.add_argument("--check", default="", help="JSON of an earlier run: fail where a ratio fell under 0.7 of it")
     parser.add_argument("--table", default="", help="JSON of a run: print it as a Markdown table and stop")
+    parser.add_argument("--dalle-pytorch", default="", help="clone of lucidrains/DALLE-pytorch: its step as a peer")
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="two JSON files: print both and stop")
     arguments = parser.parse_args(args)
     import torch
@@ -256,7 +257,7 @@ def _bench(args: list[str]) -> None:
         raise ConfigError(f"--threads: expected a number of threads or 0, got {arguments.threads}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    rows = list(bench.all_rows())
+    rows = list(bench.all_rows(arguments.dalle_pytorch))
     if arguments.list:
         print("\n".join(name for name, _ in rows))
         return

@@ -146,6 +146,17 @@ def test_training_steps_compute_what_the_plain_model_does(make):
         assert relative(peer()(), tiny.ours()) < (0.2 if make is dvae_row else 0.02)  # its noise is another
 
 
+def test_the_reference_implementation_is_a_row_only_where_a_clone_is_given(tmp_path, capsys):
+    assert not any("reference implementation" in name for name, _ in bench.all_rows())
+    with pytest.raises(SystemExit):
+        main(["bench", "--list", "--dalle-pytorch", str(tmp_path)])
+    assert "--dalle-pytorch: expected a clone" in capsys.readouterr().err
+    (tmp_path / "dalle_pytorch").mkdir()
+    (tmp_path / "dalle_pytorch" / "dalle_pytorch.py").write_text("raise ImportError('no einops')")
+    main(["bench", "--list", "--dalle-pytorch", str(tmp_path)])
+    assert "reference implementation" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_joint_vocabulary_computes_the_same_loss_gradients(dtype):
     tiny = bench.vocabulary_row(dtype, text=(6, 20), image=(10, 12), width=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from .dalle_pytorch import dalle_pytorch_rows
 from .optimizers import adamw_row, optimizer_rows
 from .report import BenchError, compare, load, losses, machine, markdown, page, save
 from .rows import Row, room_rows
@@ -14,12 +15,17 @@ from .timing import Timer, Timing, roofs
 from .vocabularies import vocabulary_row, vocabulary_rows
 
 
-def all_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(name, maker) of everything that is timed on a CPU: the rooms' benchmarks, losses, optimizer, training steps."""
+def all_rows(dalle_pytorch: str = "") -> Iterator[tuple[str, Callable[[], Row]]]:
+    """(name, maker) of everything that is timed on a CPU: the rooms' benchmarks, losses, optimizer, training steps.
+
+    `dalle_pytorch`: folder of a clone of lucidrains/DALLE-pytorch, whose training step is then a peer.
+    """
     yield from room_rows()
     yield from vocabulary_rows()
     yield from optimizer_rows()
     yield from step_rows()
+    if dalle_pytorch:
+        yield from dalle_pytorch_rows(dalle_pytorch)
 
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "adamw_row",
     "all_rows",
     "compare",
+    "dalle_pytorch_rows",
     "failures",
     "line",
     "load",
