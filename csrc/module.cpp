@@ -14,6 +14,7 @@
 
 namespace dalle_fast {
 void bind_adamw16(pybind11::module_&);
+void bind_conv2d(pybind11::module_&);
 void bind_decode_attention(pybind11::module_&);
 void bind_dropout(pybind11::module_&);
 void bind_gumbel_softmax(pybind11::module_&);
@@ -54,6 +55,7 @@ PYBIND11_MODULE(DF_MODULE, m) {
   });
 
   bind_adamw16(m);
+  bind_conv2d(m);
   bind_decode_attention(m);
   bind_dropout(m);
   bind_gumbel_softmax(m);

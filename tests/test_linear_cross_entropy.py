@@ -139,3 +139,17 @@ def test_wrong_arguments_are_named():
         linear_cross_entropy(x, weight.bfloat16(), target)
     with pytest.raises(ValueError, match=r"^chunk_rows: expected at least 1"):
         linear_cross_entropy(x, weight, target, chunk_rows=0)
+
+
+@pytest.mark.parametrize("weight", [0.875, 0.3, 0.0])
+@pytest.mark.parametrize("expected", [True, False])
+def test_an_expected_upstream_gradient_changes_no_gradient(weight, expected):
+    args = [torch.randn(6, 5, requires_grad=True), torch.randn(9, 5, requires_grad=True)]
+    target = torch.randint(9, (6,))
+    loss = linear_cross_entropy(*args, target, upstream=weight if expected else 2.0, backend="cpu")
+    actual = torch.autograd.grad(weight * loss, args)
+    reference = torch.autograd.grad(weight * F.cross_entropy(args[0] @ args[1].t(), target), args)
+    for a, r in zip(actual, reference, strict=True):
+        torch.testing.assert_close(a, r)
+    with pytest.raises(ValueError, match="upstream: expected a finite number, got nan"):
+        linear_cross_entropy(*args, target, upstream=float("nan"))

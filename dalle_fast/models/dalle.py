@@ -274,16 +274,18 @@ class DALLE(nn.Module):
         text_states = states[:, :text_len].flatten(0, 1)
         image_states = states[:, text_len:].flatten(0, 1)
         targets = self.text_targets(text).flatten()
+        weight = self.config.text_loss_weight
         with full_precision(states):  # logits are 32-bit (section 2.4)
             counted = targets != -100
             if counted.device.type == "cpu":  # the products of other rows are saved; elsewhere the host would wait
                 text_states, targets = text_states[counted], targets[counted]
-            text_loss = linear_cross_entropy(text_states.float(), self.text_head.weight, targets, self.text_head.bias)
+            text_loss = linear_cross_entropy(
+                text_states.float(), self.text_head.weight, targets, self.text_head.bias, upstream=weight
+            )
             text_loss = torch.where(counted.any(), text_loss, 0.0)  # a mean over nothing is NaN, its gradients are 0
             image_loss = linear_cross_entropy(
-                image_states.float(), self.image_head.weight, image.flatten(), self.image_head.bias
+                image_states.float(), self.image_head.weight, image.flatten(), self.image_head.bias, upstream=1 - weight
             )
-        weight = self.config.text_loss_weight
         loss = weight * text_loss + (1 - weight) * image_loss
         return DALLELoss(loss, text_loss.detach(), image_loss.detach(), text_loss)
 

@@ -78,13 +78,12 @@ class _Coder(nn.Module):
         return self.blocks(x)
 
 
-def _group(block: type[nn.Module], num_in: int, num_out: int, config: DVAEConfig, end: tuple[str, nn.Module] | None):
+def _group(block: type[nn.Module], num_in: int, num_out: int, config: DVAEConfig, upsample: bool = False):
     num_layers = config.num_groups * config.blocks_per_group
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i in range(config.blocks_per_group):
-        layers[f"block_{i + 1}"] = block(num_in if i == 0 else num_out, num_out, num_layers)
-    if end is not None:
-        layers[end[0]] = end[1]
+        first = i == 0
+        layers[f"block_{i + 1}"] = block(num_in if first else num_out, num_out, num_layers, upsample=first and upsample)
     return nn.Sequential(layers)
 
 
@@ -93,8 +92,10 @@ def _encoder(config: DVAEConfig) -> _Coder:
     num_in = config.width
     for g in range(config.num_groups):
         num_out = config.width * 2**g
-        end = ("pool", nn.MaxPool2d(2)) if g + 1 < config.num_groups else None
-        blocks[f"group_{g + 1}"] = _group(EncoderBlock, num_in, num_out, config, end)
+        group = _group(EncoderBlock, num_in, num_out, config)
+        if g + 1 < config.num_groups:
+            group.add_module("pool", nn.MaxPool2d(2))
+        blocks[f"group_{g + 1}"] = group
         num_in = num_out
     head = Conv2d(num_in, config.vocab_size, 1, full_precision=True)
     blocks["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=head))
@@ -107,8 +108,7 @@ def _decoder(config: DVAEConfig) -> _Coder:
     num_in = config.decoder_init_width
     for g in range(config.num_groups):
         num_out = config.width * 2 ** (config.num_groups - 1 - g)
-        end = ("upsample", nn.Upsample(scale_factor=2, mode="nearest")) if g + 1 < config.num_groups else None
-        blocks[f"group_{g + 1}"] = _group(DecoderBlock, num_in, num_out, config, end)
+        blocks[f"group_{g + 1}"] = _group(DecoderBlock, num_in, num_out, config, upsample=g > 0)
         num_in = num_out
     blocks["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(num_in, 6, 1)))
     return _Coder(blocks)

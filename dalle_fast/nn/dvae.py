@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops import conv2d
+from ..ops.conv2d import has_kernel
 from .precision import full_precision
 
 
@@ -25,27 +27,34 @@ class Conv2d(nn.Module):
             raise ValueError(f"kernel: expected an odd size, got {kernel}")
         self.kernel = kernel
         self.full_precision = full_precision
+        self.backend = "auto"
         self.w = nn.Parameter(torch.empty(num_out, num_in, kernel, kernel))
         self.b = nn.Parameter(torch.zeros(num_out))
         nn.init.normal_(self.w, std=(num_in * kernel**2) ** -0.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, **options: float | bool) -> torch.Tensor:
+        """residual + gain * conv(relu(x)); options of `ops.conv2d`."""
+        options["backend"] = self.backend
         if self.full_precision:
             with full_precision(x):
-                return F.conv2d(x.float(), self.w, self.b, padding=self.kernel // 2)
-        return F.conv2d(x, self.w, self.b, padding=self.kernel // 2)
+                return conv2d(x.float(), self.w, self.b, residual, **options)
+        return conv2d(x, self.w, self.b, residual, **options)
 
     def extra_repr(self) -> str:
         return f"{self.w.shape[1]}, {self.w.shape[0]}, kernel={self.kernel}"
 
 
 class _Block(nn.Module):
-    """out = id(x) + post_gain * res(x); ReLU before every convolution; hidden width num_out / 4."""
+    """out = id(x) + post_gain * res(x); ReLU before every convolution; hidden width num_out / 4.
+
+    With `upsample` x is doubled first, each pixel two by two; then num_in != num_out.
+    """
 
     kernels: tuple[int, ...]
 
-    def __init__(self, num_in: int, num_out: int, num_layers: int) -> None:
+    def __init__(self, num_in: int, num_out: int, num_layers: int, *, upsample: bool = False) -> None:
         super().__init__()
+        self.upsample = upsample
         self.post_gain = 1 / num_layers**2
         hidden = num_out // 4
         self.id_path = Conv2d(num_in, num_out, 1) if num_in != num_out else nn.Identity()
@@ -57,7 +66,18 @@ class _Block(nn.Module):
         self.res_path = nn.Sequential(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.add(self.id_path(x), self.res_path(x), alpha=self.post_gain)
+        """id_path(x) + post_gain * res_path(x), each ReLU and the sum within a convolution."""
+        *convs, last = [layer for layer in self.res_path if isinstance(layer, Conv2d)]
+        within = {}
+        if self.upsample:
+            if convs[0].backend != "reference" and has_kernel(x, convs[0].w):  # it need not lie in memory
+                within = {"upsample": True}
+            else:
+                x = F.interpolate(x, scale_factor=2, mode="nearest")
+        h = convs[0](x, relu=True, **within)
+        for conv in convs[1:]:
+            h = conv(h, relu=True)
+        return last(h, self.id_path(x, **within), gain=self.post_gain, relu=True)
 
 
 class EncoderBlock(_Block):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .conv2d import conv2d
 from .decode_attention import decode_attention
 from .dropout import dropout
 from .gumbel_softmax import gumbel_softmax
@@ -17,6 +18,7 @@ from .vq_bottleneck import vq_bottleneck
 
 __all__ = [
     "AttentionPattern",
+    "conv2d",
     "decode_attention",
     "dropout",
     "gumbel_softmax",

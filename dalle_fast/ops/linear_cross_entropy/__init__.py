@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import math
+import struct
+
 import torch
 
 from .. import _backend
@@ -19,6 +22,7 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     chunk_rows: int | None = None,
+    upstream: float = 1.0,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Mean cross-entropy of `x @ weight.T + bias` against `target` (paper section 2.2).
@@ -41,6 +45,8 @@ def linear_cross_entropy(
         ignore_index: rows with this target add nothing to the loss and get zero gradients.
         chunk_rows: rows whose logits exist at a time; None takes as many as make at most 2^25 logits, and at least
             1024. Memory for logits is chunk_rows * V elements.
+        upstream: the gradient of the loss that is expected, such as its weight in a sum. Results are the same for any;
+            on CPU the backward pass has nothing left to do where it comes.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
@@ -49,7 +55,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: a tensor is missing or has the wrong dtype.
-        ValueError: shapes do not fit together, `chunk_rows` is not positive, or `backend` is unknown.
+        ValueError: shapes do not fit together, `chunk_rows` is not positive, `upstream` is not finite, or `backend` is
+            unknown.
         IndexError: on CPU, a target is neither in [0, V) nor `ignore_index`.
         RuntimeError: an explicit `backend` cannot run.
 
@@ -60,6 +67,8 @@ def linear_cross_entropy(
     _check(x, weight, target, bias)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+    if not math.isfinite(upstream):
+        raise ValueError(f"upstream: expected a finite number, got {upstream}")
     compute = compute_dtype(x, {"weight": weight, "bias": bias})
 
     supported = all(t is None or t.dtype in op.DTYPES for t in (x, weight, bias))
@@ -75,7 +84,9 @@ def linear_cross_entropy(
             + op.NEEDS_WEIGHT * weight.requires_grad
             + op.NEEDS_BIAS * (bias is not None and bias.requires_grad)
         )
-    return op.linear_cross_entropy(x, weight, target, bias, ignore_index, compute, needs, chunk_rows or 0)[0]
+    # rounded as the gradient will be; float16 has no room for one more factor
+    upstream = 1.0 if compute == torch.float16 else struct.unpack("f", struct.pack("f", upstream))[0] or 1.0
+    return op.linear_cross_entropy(x, weight, target, bias, ignore_index, compute, needs, chunk_rows or 0, upstream)[0]
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None) -> None:

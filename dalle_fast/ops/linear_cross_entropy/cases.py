@@ -23,6 +23,7 @@ def _case(
     ignored: int = 0,
     chunk: int | None = None,
     spread: float = 1.0,
+    **options: float,
 ) -> Case:
     def build(generator: torch.Generator, dtype: torch.dtype) -> Arguments:
         x = randn(generator, num_rows, width, dtype=dtype)
@@ -30,7 +31,7 @@ def _case(
         target = torch.randint(num_codes, (num_rows,), generator=generator)
         target[:ignored] = -100
         b = randn(generator, num_codes, dtype=dtype) if bias else None
-        return (x, weight, target, b), {"chunk_rows": chunk}
+        return (x, weight, target, b), {"chunk_rows": chunk, **options}
 
     return Case(name, build, DTYPES, flops=2 * num_rows * width * num_codes)
 
@@ -40,8 +41,8 @@ def _trained(num_rows: int, width: int, num_codes: int) -> Case:
     return _case(f"{num_rows}x{width}x{num_codes}", num_rows, width, num_codes, bias=False, spread=width**-0.5)
 
 
-def _reference(*args: torch.Tensor | None, chunk_rows: int | None = None) -> torch.Tensor:
-    return linear_cross_entropy_reference(*args)  # chunks change memory, not values
+def _reference(*args: torch.Tensor | None, **_: float | None) -> torch.Tensor:
+    return linear_cross_entropy_reference(*args)  # the options change memory and time, not values
 
 
 def _peer(*args: torch.Tensor | None, chunk_rows: int | None = None) -> torch.Tensor:
@@ -73,6 +74,7 @@ ROOM = Room(
         _case("no_bias", 9, 8, 33, bias=False),
         _case("ignored", 12, 6, 17, ignored=5),
         _case("chunks", 37, 16, 70, chunk=8),
+        _case("upstream", 6, 5, 9, ignored=1, upstream=0.3),
         _case("one", 1, 1, 1),
         _case("wide", 20, 24, 300, bias=False),
         # CUDA: rows of one and several warps, of whole pieces and not, in registers and beyond them

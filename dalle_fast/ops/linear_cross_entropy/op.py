@@ -3,7 +3,7 @@
 
 Per chunk of rows: logits by one GEMM into a buffer that all chunks share, one kernel that turns them into dlogits in
 place, and a GEMM for each gradient that is wanted. So the gradients are ready when the loss is, the logits are never
-kept, and the backward pass only multiplies by dloss.
+kept, and the backward pass only multiplies by dloss, or not even that where it is the `upstream` that was expected.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, out: torch.Tensor 
 
 
 @without_autocast  # the products are in `compute` already
-def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
+def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upstream):
     num_rows, num_codes = x.shape[0], weight.shape[0]
     stats = torch.empty(2, dtype=torch.int64, device=x.device)
     _C.linear_cross_entropy_check(stats, target, num_codes, ignore_index, stream_of(x))
@@ -88,7 +88,7 @@ def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
 
     dtype = _operand_dtype(x, compute)
     logits_dtype = _grad_dtype(dtype)
-    loss, dx, dweight, dbias = _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows)
+    loss, dx, dweight, dbias = _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upstream)
     for grad in (dweight, dbias):
         if num_rows == 0:
             grad.zero_()
@@ -129,7 +129,7 @@ def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
             target[rows],
             stats,
             ignore_index,
-            _grad_scale(x, compute),
+            _grad_scale(x, compute) * upstream,
             stream_of(x),
         )
         if needs & NEEDS_X:
@@ -162,7 +162,7 @@ def _require_in_range(stats: torch.Tensor, target: torch.Tensor, num_codes: int,
         )
 
 
-def _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
+def _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upstream):
     dx = x.new_empty(x.shape if needs & NEEDS_X else (0,), dtype=_grad_dtype(compute))
     dweight = weight.new_empty(weight.shape if needs & NEEDS_WEIGHT else (0,), dtype=_grad_dtype(weight.dtype))
     bias_dtype = torch.float32 if bias is None else _grad_dtype(bias.dtype)
@@ -171,8 +171,9 @@ def _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, bias, _, compute, ctx.needs, _ = inputs
-    ctx.factor = 1.0 / _grad_scale(x, compute)
+    x, weight, _, bias, _, compute, ctx.needs, _, ctx.upstream = inputs
+    ctx.scaled = _grad_scale(x, compute) != 1.0
+    ctx.factor = 1.0 / (_grad_scale(x, compute) * ctx.upstream)
     ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
     _, dx, dweight, dbias = output
     ctx.mark_non_differentiable(dx, dweight, dbias)
@@ -183,9 +184,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dloss, *_):
     grads = [None, None, None]
     if dloss is not None:
-        # loss.backward() on CPU: the gradients are ready. A second derivative has to meet the op that refuses it.
+        # what was expected, on CPU: the gradients are ready. A second derivative has to meet the op that refuses it.
         unit = type(dloss) is torch.Tensor and dloss.device.type == "cpu" and not torch.is_grad_enabled()
-        unit = unit and ctx.factor == 1.0 and not torch.compiler.is_compiling() and float(dloss) == 1.0
+        unit = unit and not ctx.scaled and not torch.compiler.is_compiling() and float(dloss) == ctx.upstream
         for i, (grad, dtype, flag) in enumerate(
             zip(ctx.saved_tensors, ctx.dtypes, (NEEDS_X, NEEDS_WEIGHT, NEEDS_BIAS))
         ):
@@ -196,7 +197,7 @@ def _backward(ctx, dloss, *_):
                     else linear_cross_entropy_backward(grad, dloss, ctx.factor, dtype)
                 )
     dx, dweight, dbias = grads
-    return dx, dweight, None, dbias, None, None, None, None
+    return dx, dweight, None, dbias, None, None, None, None, None
 
 
 def _scale(grad: torch.Tensor, dloss: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
@@ -219,7 +220,7 @@ linear_cross_entropy_backward = register_op(
 linear_cross_entropy = register_op(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor target, Tensor? bias, int ignore_index, ScalarType compute, int needs, "
-    "SymInt chunk_rows) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
+    "SymInt chunk_rows, float upstream) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
     _run,
     _fake,
     setup_context=_setup_context,

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""ReLU, convolution and residual sum of few channels in one op, for CPUs."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _backend
+from .._autocast import is_autocast
+from . import op
+from .reference import conv2d_reference
+
+# Up to so many channels on one of the sides. Beyond, a library's vectors of channels are as full as ours of pixels.
+MAX_CHANNELS = 48
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    gain: float = 1.0,
+    relu: bool = False,
+    upsample: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """residual + gain * conv2d(relu(x), weight, bias): stride 1, odd kernel, zero padding that keeps the size.
+
+    The convolutions of the dVAE's residual blocks (paper appendix A.1). On CPU, in float32, one kernel reads `x` and
+    writes the sum; the backward pass keeps `x` alone. "auto" takes it for up to 48 channels on one side, outside
+    autocast, and torch's ops for everything else.
+
+    Args:
+        x: [B, C, H, W] floating.
+        weight: [N, C, k, k], k odd, the dtype of `x` unless autocast is on.
+        bias: [N].
+        residual: [B, N, H, W] to add to, or None.
+        gain: factor of the convolution and its bias.
+        relu: whether `x` goes through a ReLU first.
+        upsample: whether each pixel of `x` counts as two by two; H and W of the result are then doubled.
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        [B, N, H, W].
+
+    Raises:
+        TypeError: a tensor is missing or not floating.
+        ValueError: shapes do not fit together, the kernel is even, or `backend` is unknown.
+        RuntimeError: an explicit `backend` cannot run.
+
+    Example:
+        >>> conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3), torch.zeros(1))
+        tensor([[[[4., 4.],
+                  [4., 4.]]]])
+    """
+    _check(x, weight, bias, residual, 1 + upsample)
+    tensors = [t for t in (x, weight, bias, residual) if t is not None]
+    supported = all(t.dtype == torch.float32 for t in tensors) and not is_autocast(x)
+    chosen = _backend.choose("conv2d", backend, x, supported=supported, reason="it takes float32, outside autocast")
+    if chosen == "reference" or (backend == "auto" and not has_kernel(x, weight)):
+        return conv2d_reference(x, weight, bias, residual, gain=gain, relu=relu, upsample=upsample)
+    return op.conv2d(x, weight, bias, residual, gain, relu, 1 + upsample)
+
+
+def has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `conv2d` runs as one kernel."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and not is_autocast(x)
+        and min(weight.shape[:2]) <= MAX_CHANNELS
+        and _backend.has_room("conv2d", x.device.type)
+    )
+
+
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None, scale: int
+) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is None and name == "residual":
+            continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: expected a floating torch.Tensor, got {got}")
+    if x.dim() != 4:
+        raise ValueError(f"x: expected shape [B, C, H, W], got {list(x.shape)}")
+    kernel = weight.shape[-1] if weight.dim() else 0
+    if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], kernel, kernel) or kernel % 2 == 0:
+        raise ValueError(
+            f"weight: expected shape [N, {x.shape[1]}, k, k], k odd, for x of {list(x.shape)}, got {list(weight.shape)}"
+        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias: expected shape [{weight.shape[0]}] for weight of {list(weight.shape)}, got {list(bias.shape)}"
+        )
+    if residual is not None and residual.shape != (
+        out := (x.shape[0], weight.shape[0], scale * x.shape[2], scale * x.shape[3])
+    ):
+        raise ValueError(f"residual: expected shape {list(out)}, got {list(residual.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected the device of x ({x.device}), got {tensor.device}")

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: MIT
+"""conv2d in torch's ops."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def conv2d_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    gain: float = 1.0,
+    relu: bool = False,
+    upsample: bool = False,
+) -> torch.Tensor:
+    """The plain twin of `conv2d`."""
+    if upsample:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+    y = F.conv2d(F.relu(x) if relu else x, weight, bias, padding=weight.shape[-1] // 2)
+    if residual is not None:
+        return torch.add(residual, y, alpha=gain)
+    return y if gain == 1 else y * gain
