@@ -243,7 +243,8 @@ def _plan(args: list[str]) -> None:
     parser.add_argument("--latency", type=float, default=10.0, help="microseconds of a message; assumed")
     parser.add_argument("--json", action="store_true", help="all numbers, in bytes and seconds")
     arguments = parser.parse_args(args)
-    from .parallel.plan import cluster_of, plan
+    from .parallel.cluster import cluster_of
+    from .parallel.plan import plan
     from .presets import preset
     from .train import DALLETrainConfig, load_config
 

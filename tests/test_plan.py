@@ -17,11 +17,10 @@ from dalle_fast.cli import main
 from dalle_fast.errors import ConfigError
 from dalle_fast.models import DALLE, DALLEConfig
 from dalle_fast.parallel import PowerSGD, attach_powersgd, compression_rate, powersgd_hook, shard_blocks
+from dalle_fast.parallel.cluster import cluster_of, parse_rate
 from dalle_fast.parallel.plan import (
     PAPER_RANKS,
-    cluster_of,
     kept_bytes,
-    parse_rate,
     plan,
     powersgd_loads,
     shard_shapes,
