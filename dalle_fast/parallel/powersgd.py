@@ -348,15 +348,18 @@ class PowerSGD:
                     if verdict.error_here:
                         matrix.error.zero_()
                     continue
-                decompressed = powersgd_reconstruct(
+                target = matrix.of(rows)
+                written = powersgd_reconstruct(
                     p,
                     r,
                     matrix.error,
                     grad_factor=self._clip() / (self.q_constant * self.grad_constant),
                     error_factor=1.0 / self.q_constant,
+                    out=target if target.dtype == torch.float32 else None,
                     backend=self.backend,
                 )
-                matrix.of(rows).copy_(decompressed)
+                if written is not target:
+                    target.copy_(written)
             if not self.finite:
                 grad.fill_(math.nan)
             elif rows.data_ptr() != grad.data_ptr():  # a gradient whose rows are not contiguous
