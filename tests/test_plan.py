@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,13 +28,6 @@ from dalle_fast.parallel.plan import (
 )
 from dalle_fast.presets import preset
 from dalle_fast.train import DALLETrainConfig, LoopConfig
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(4)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

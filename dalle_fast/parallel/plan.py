@@ -276,13 +276,17 @@ def plan(config: DALLETrainConfig, cluster: Cluster, *, rank: int | None = None,
     bases = sum(4.0 * min(m, n) * k * k for m, n, k in each)
     forward = forward_flops(model) * samples
     backward = forward * (3 if config.loop.checkpointing else 2)
-    state = sum(memory[name] for name in ("weights", "gradients", "moments", "averages", "error buffers"))
-    on_gpu = {
+    state = sum(memory[name] for name in ("weights", "gradients", "moments", "averages"))
+    plain_gpu = {
         "forward": forward / cluster.compute,
-        "backward, factors": (backward + 2 * products + bases) / cluster.compute,
-        "update": products / cluster.compute + 2 * state / cluster.bandwidth,  # all of it read and written
+        "backward, factors": backward / cluster.compute,
+        "update": 2 * state / cluster.bandwidth,  # all of it read and written
     }
-    plain_gpu = {**on_gpu, "backward, factors": backward / cluster.compute, "update": 2 * state / cluster.bandwidth}
+    on_gpu = {
+        "forward": plain_gpu["forward"],
+        "backward, factors": plain_gpu["backward, factors"] + (2 * products + bases) / cluster.compute,
+        "update": plain_gpu["update"] + products / cluster.compute + 2 * memory["error buffers"] / cluster.bandwidth,
+    }
 
     # on the wire
     inside = [
