@@ -151,8 +151,9 @@ def test_predicted_bytes_of_shards_are_the_bytes_sent(ranks):
 
 def test_a_step_is_as_long_as_its_longest_part_and_what_nothing_hides():
     assert step_seconds(1.0, 2.0, 0.5, [0.0, 0.0]) == 3.5
-    assert step_seconds(1.0, 2.0, 0.5, [1.5, 0.25]) == 3.75  # backward hides all but the last
-    assert step_seconds(1.0, 2.0, 0.5, [3.0, 0.25]) == 4.75
+    assert step_seconds(1.0, 2.0, 0.5, [0.5, 0.25]) == 3.75  # backward hides all but the last
+    assert step_seconds(1.0, 2.0, 0.5, [3.0, 0.25]) == 5.75  # after the first of two blocks
+    assert step_seconds(1.0, 2.0, 0.5, [3.0]) == 6.5
     assert (
         step_seconds(1.0, 2.0, 0.5, [0.0], gather=[0.5, 1.5, 0.1], scatter=[0.5, 0.5, 0.2]) == 0.1 + 2 + 3 + 0.2 + 0.5
     )

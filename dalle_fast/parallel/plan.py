@@ -4,10 +4,10 @@
 The model lives on the meta device; matrices, shards and bytes are counted by the code that will train, time by an
 alpha-beta model: bytes over rate, and a latency a message. Forward and backward hide what is sent meanwhile:
 
-    step = gather_n + max(forward, gathers) + max(backward, gathers + scatters, exchanges)
+    step = gather_n + max(forward, gathers) + max(backward, gathers + scatters, backward / n + exchanges)
          + scatter_n + exchange_n + update
 
-with gather_n, scatter_n and exchange_n of the block that nothing is left to hide: embeddings and heads.
+for n blocks: nothing is sent before the first is through, and nothing is left to hide the last, embeddings and heads.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def step_seconds(
     gather: Sequence[float] = (0.0,),
     scatter: Sequence[float] = (0.0,),
 ) -> float:
-    """The formula above. Sequences are of blocks as backward reaches them; nothing hides the last."""
+    """The formula above. Sequences are of blocks as backward reaches them."""
     inside = sum(gather[:-1])
-    hidden = max(backward, inside + sum(scatter[:-1]), sum(exchange[:-1]))
+    hidden = max(backward, inside + sum(scatter[:-1]), backward / len(exchange) + sum(exchange[:-1]))
     return gather[-1] + max(forward, inside) + hidden + scatter[-1] + exchange[-1] + update
 
 
