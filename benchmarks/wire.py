@@ -9,7 +9,7 @@ hooks alone, without root. Runs of some rates add to the file that others have w
 
 How far the hook can be sped up: three products of 2 m n r operations in float32 are most of it. At torch.mm's rate, and
 with the bytes that have to move, they take half of the time of torch's hook: a ratio of 2 to it, not 4. `--compute`
-prints that floor beside ours, which is at 0.8 of it (products at 0.95 of one thread's peak on an EPYC of 2 cores).
+prints that floor beside ours, which is at 0.8 of it (AMD EPYC, one thread).
 """
 
 from __future__ import annotations
