@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ _EPILOG = """commands:
   sample     caption to ranked pictures
   complete   keep the top of a picture, draw the rest
   evaluate   numbers and a report about a trained system
+  plan       memory, traffic and time of training on a cluster, and what limits
   bench      every op and training step beside its peers
   histograms exponents of a run's gradients: constants for 16-bit formats, and the plot
   doctor     what is installed, what is missing, what to do
@@ -226,6 +228,39 @@ def _evaluate(args: list[str]) -> None:
     print(f"report: {paths['report']}\nnumbers: {paths['json']}")
 
 
+def _plan(args: list[str]) -> None:
+    parser = _parser(
+        "plan",
+        "Memory of a GPU, bytes on the wire and time of a training step on a cluster, before there is one: counted on "
+        "the meta device, timed by bytes over rate and a latency a message. Rates that you do not give are a data "
+        "sheet's or assumed, not measured.",
+    )
+    parser.add_argument("--preset", default="paper-12b", help="of the transformer")
+    parser.add_argument("--config", default="", help="TOML file of a transformer's run, in place of a preset")
+    parser.add_argument("--gpus", type=int, required=True, help="in all machines")
+    parser.add_argument("--link", required=True, help="rate of one machine's link to the others, such as 25Gbit")
+    parser.add_argument("--gpus-per-node", type=int, help="in a machine; 8, or all if there are fewer")
+    parser.add_argument("--rank", type=int, help="of PowerSGD, in total; the paper's, or a quarter of the width")
+    parser.add_argument("--batch", type=int, help="samples of a step on all GPUs; the preset's")
+    parser.add_argument("--gpu", default="v100-16gb", help="v100-16gb, a100-80gb or h100-80gb: whose data sheet")
+    parser.add_argument("--compute", type=float, help="TFLOP/s that a GPU reaches; assumed: 0.4 of the data sheet")
+    parser.add_argument("--intra", help="rate of one GPU's links within a machine, one way; the data sheet's")
+    parser.add_argument("--memory", type=float, help="GB of a GPU; the data sheet's")
+    parser.add_argument("--latency", type=float, default=10.0, help="microseconds of a message; assumed")
+    parser.add_argument("--json", action="store_true", help="all numbers, in bytes and seconds")
+    arguments = parser.parse_args(args)
+    from .parallel.cluster import cluster_of
+    from .parallel.plan import plan
+    from .presets import preset
+    from .train import DALLETrainConfig, load_config
+
+    names = ("gpus", "link", "gpus_per_node", "gpu", "intra", "latency", "compute", "memory")
+    cluster = cluster_of(**{name: getattr(arguments, name) for name in names})
+    config = load_config(DALLETrainConfig, arguments.config) if arguments.config else preset("dalle", arguments.preset)
+    found = plan(config, cluster, rank=arguments.rank, batch=arguments.batch)
+    print(json.dumps(found.as_dict(), indent=2) if arguments.json else found)
+
+
 def _bench(args: list[str]) -> None:
     parser = _parser(
         "bench", "Times every op and whole training steps beside their peers, each checked against float64."
@@ -328,6 +363,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "complete": _complete,
     "evaluate": _evaluate,
+    "plan": _plan,
     "bench": _bench,
     "histograms": _histograms,
     "doctor": _doctor,

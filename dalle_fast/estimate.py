@@ -12,7 +12,7 @@ from .models import DALLE, DVAE
 from .train import CLIPTrainConfig, DVAETrainConfig
 
 
-def _forward_flops(model: torch.nn.Module, config: Any) -> float:
+def forward_flops(model: DALLE | DVAE) -> float:
     """Of one sample; the attention core is counted by its pairs, everything else by torch."""
     with FlopCounterMode(display=False) as counter:
         if isinstance(model, DVAE):
@@ -43,7 +43,7 @@ def estimate(config: Any) -> str:
         model = DVAE(config.model) if isinstance(config, DVAETrainConfig) else DALLE(config.model)
     count = sum(p.numel() for p in model.parameters())
     passes = 4 if loop.checkpointing else 3
-    flops = _forward_flops(model, config) * passes * loop.batch_size
+    flops = forward_flops(model) * passes * loop.batch_size
     moments = 4 if getattr(config, "optimizer", "") == "adamw16" else 8
     state = count * (4 + 4 + moments + (4 if loop.ema_decay else 0))
     return (

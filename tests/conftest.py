@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from ranks import Ranks
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,3 +40,11 @@ def cuda_skip_reason() -> str | None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """Four processes of a gloo group, for the tests of one file."""
+    pool = Ranks(4)
+    yield pool
+    pool.close()

@@ -100,6 +100,24 @@ def test_a_transposed_view_gives_the_same():
     assert torch.equal(error, column_major)
 
 
+@pytest.mark.parametrize("error_layout", ["none", "rows", "columns", "neither"])
+@pytest.mark.parametrize("layout", ["rows", "columns", "misaligned rows", "misaligned columns", "neither"])
+def test_a_gradient_is_written_where_it_is_wanted(layout, error_layout):
+    def placed(x: torch.Tensor, how: str) -> torch.Tensor:
+        return x.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2] if how == "neither" else laid(x, how)
+
+    p, q = codes(torch.randn(33, 7)), codes(torch.randn(70, 7))
+    start = codes(torch.randn(33, 70))
+    error, expected = start.clone(), placed(torch.full((33, 70), torch.nan), layout)
+    storage = expected.untyped_storage().nbytes()
+    want = powersgd_reconstruct(p, q, error, grad_factor=0.5)
+    mine = None if error_layout == "none" else placed(start, error_layout)
+    assert powersgd_reconstruct(p, q, mine, grad_factor=0.5, out=expected) is expected
+    assert torch.equal(expected, want)
+    assert expected.untyped_storage().nbytes() == storage
+    assert mine is None or torch.equal(mine, error)
+
+
 def laid(x: torch.Tensor, layout: str) -> torch.Tensor:
     """A copy with its rows or columns dense, and aligned or not."""
     x = x.mT if "columns" in layout else x
@@ -194,6 +212,18 @@ def test_float64_and_float16_gradients_are_taken():
             lambda: powersgd_reconstruct(codes(torch.zeros(3, 2)), codes(torch.zeros(4, 2)), codes(torch.zeros(4, 3))),
             ValueError,
             r"error: expected shape \[3, 4\]",
+        ),
+        (
+            lambda: powersgd_reconstruct(
+                codes(torch.zeros(3, 2)), codes(torch.zeros(4, 2)), out=torch.zeros(3, 4).double()
+            ),
+            TypeError,
+            "out: expected a float32",
+        ),
+        (
+            lambda: powersgd_reconstruct(codes(torch.zeros(3, 2)), codes(torch.zeros(4, 2)), out=torch.zeros(4, 3)),
+            ValueError,
+            r"out: expected shape \[3, 4\]",
         ),
     ],
 )

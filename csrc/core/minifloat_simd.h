@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// scalar/minifloat.h, kLanes at a time, at the default bias.
+// scalar/minifloat.h, kLanes at a time, at the default bias. Vectors of normal numbers take a short way; zeros,
+// subnormals, infinities and NaN the long one.
 #pragma once
 
 #include "../scalar/minifloat.h"
@@ -9,7 +10,7 @@ namespace dalle_fast {
 namespace DF_CPU_NAMESPACE {
 
 template <bool kSigned>
-DF_INLINE VecH minifloat_encode(VecF x) {
+DF_INLINE VecH minifloat_encode_any(VecF x) {
   constexpr int kBits = Minifloat<kSigned>::kBits;
   constexpr int kShift = 23 - kBits;
   constexpr uint32_t kInf = Minifloat<kSigned>::kInf;
@@ -30,7 +31,7 @@ DF_INLINE VecH minifloat_encode(VecF x) {
 }
 
 template <bool kSigned>
-DF_INLINE VecF minifloat_decode(VecH h) {
+DF_INLINE VecF minifloat_decode_any(VecH h) {
   constexpr int kBits = Minifloat<kSigned>::kBits;
   const VecU all = __builtin_convertvector(h, VecU);
   const VecU code = kSigned ? all & 0x7fffu : all;
@@ -41,6 +42,41 @@ DF_INLINE VecF minifloat_decode(VecH h) {
   VecU bits = (VecI)(exponent == 0u) ? bit_cast<VecU>(tiny) : normal;
   bits = (VecI)(exponent == 63u) ? 0x7f800000u | fraction << (23 - kBits) : bits;
   return bit_cast<VecF>(bits | sign);
+}
+
+template <bool kSigned>
+DF_INLINE VecF minifloat_decode(VecH h) {
+  constexpr int kBits = Minifloat<kSigned>::kBits;
+  const VecU all = __builtin_convertvector(h, VecU), code = kSigned ? all & 0x7fffu : all;
+  if (__builtin_expect(any((VecI)(code - (1u << kBits) >= Minifloat<kSigned>::kInf - (1u << kBits))), 0))
+    return minifloat_decode_any<kSigned>(h);
+  const VecU bits = (code << (23 - kBits)) + (static_cast<uint32_t>(127 - kMinifloatBias) << 23);
+  return bit_cast<VecF>(kSigned ? bits | all >> 15 << 31 : bits);
+}
+
+// The code of x, which becomes the number of that code.
+template <bool kSigned>
+DF_INLINE VecH minifloat_round(VecF& x) {
+  constexpr int kBits = Minifloat<kSigned>::kBits, kShift = 23 - kBits;
+  constexpr uint32_t kFirst = static_cast<uint32_t>(128 - kMinifloatBias) << 23;   // the first normal number
+  constexpr uint32_t kBeyond = static_cast<uint32_t>(190 - kMinifloatBias) << 23;  // what is Inf
+  const VecU u = bit_cast<VecU>(x), sign = kSigned ? u & 0x80000000u : VecU{};
+  const VecU a = u - sign;
+  const VecU rounded = a + ((1u << (kShift - 1)) - 1u) + (a >> kShift & 1u);
+  // as rounding may reach kFirst from below, a number just under it goes the short way too: to the same code
+  if (__builtin_expect(any((VecI)(rounded - kFirst >= kBeyond - kFirst)), 0)) {
+    const VecH code = minifloat_encode_any<kSigned>(x);
+    x = minifloat_decode_any<kSigned>(code);
+    return code;
+  }
+  x = bit_cast<VecF>((rounded & ~((1u << kShift) - 1u)) | sign);
+  const VecU code = (rounded >> kShift) - (static_cast<uint32_t>(127 - kMinifloatBias) << kBits);
+  return __builtin_convertvector(code | sign >> 16, VecH);
+}
+
+template <bool kSigned>
+DF_INLINE VecH minifloat_encode(VecF x) {
+  return minifloat_round<kSigned>(x);
 }
 
 DF_INLINE VecH load_h(const uint16_t* p, int n = kLanes) {

@@ -77,6 +77,19 @@ DF_INLINE bool any_greater(VecF a, VecF b) {  // in some lane; NaN is not greate
   return false;
 #endif
 }
+DF_INLINE bool any(VecI mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#else
+  for (int i = 0; i < kLanes; ++i)
+    if (mask[i]) return true;
+  return false;
+#endif
+}
 DF_INLINE VecF vabs(VecF a) { return bit_cast<VecF>(bit_cast<VecU>(a) & 0x7fffffffu); }
 
 DF_INLINE VecF vsqrt(VecF a) {

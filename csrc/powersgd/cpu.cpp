@@ -73,18 +73,19 @@ DF_INLINE void load_tile(float* tile, const ProjectParams& p, int64_t o0, int64_
                          VecI& largest) {
   for (int64_t o = 0; o < outer; ++o) {
     uint16_t* code = p.error + (o0 + o) * p.error_stride + i0;
-    for (int64_t i = 0; i < inner; i += kLanes) {
-      const int n = lanes_of(inner - i);
+    const T* grad = kAdd ? static_cast<const T*>(p.grad) + (o0 + o) * p.grad_stride + i0 : nullptr;
+    const auto one = [&](int64_t i, int n) {
       VecF e = load_code(code + i, n);
       if (kAdd) {
-        const T* grad = static_cast<const T*>(p.grad) + (o0 + o) * p.grad_stride + i0 + i;
-        const VecH sum = encode(e + load(grad, n) * splat(p.inverse_grad_scale));
-        store_h(code + i, sum, n);
-        e = decode(sum);
+        e = e + load(grad + i, n) * splat(p.inverse_grad_scale);
+        store_h(code + i, minifloat_round<true>(e), n);
       }
       largest = larger(largest, e);
       storeu(tile + o * kPitch + i, e);
-    }
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= inner; i += kLanes) one(i, kLanes);
+    if (i < inner) one(i, static_cast<int>(inner - i));
   }
 }
 
@@ -170,16 +171,22 @@ void reconstruct(const ReconstructParams& p) {
       gemm<false, false>(tile, kPitch, left, width, packed + c0 * width, width * kLanes, kLanes, rows,
                          round_up(n, kLanes), p.rank);
       for (int64_t i = 0; i < rows; ++i) {
+        const float* product = tile + i * kPitch;
         float* grad = p.grad + (begin + i) * p.grad_stride + c0;
         uint16_t* error = p.error ? p.error + (begin + i) * p.error_stride + c0 : nullptr;
-        for (int64_t c = 0; c < n; c += kLanes) {
-          const int lanes = lanes_of(n - c);
-          const VecF g = loadu(tile + i * kPitch + c), out = g * splat(p.grad_factor);
+        const auto one = [&](int64_t c, int lanes) {
+          const VecF g = loadu(product + c), out = g * splat(p.grad_factor);
           lanes == kLanes ? storeu(grad + c, out) : store_n(grad + c, out, lanes);
-          if (!error) continue;
-          const VecF e = load_code(error + c, lanes) - g * splat(p.error_factor);
-          store_h(error + c, encode(e), lanes);
+          if (!error) return;
+          store_h(error + c, encode(load_code(error + c, lanes) - g * splat(p.error_factor)), lanes);
+        };
+        int64_t c = 0;
+        for (; c + kLanes <= n; c += kLanes) {
+          __builtin_prefetch(grad + p.grad_stride + c, 1);  // the next row: runs are short for the hardware
+          if (error) __builtin_prefetch(error + p.error_stride + c, 1);
+          one(c, kLanes);
         }
+        if (c < n) one(c, static_cast<int>(n - c));
       }
     }
   });

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -106,9 +106,35 @@ def normal(seed: int, name: str, rows: int, columns: int, device: torch.device) 
     return radius * uniform(seed, offset + 1, rows, columns, device=device).mul_(2 * math.pi).cos_()
 
 
-def is_compressible(name: str, parameter: nn.Parameter, keep: Sequence[str]) -> bool:
-    """Whether the rule of the paper compresses it: weight matrices, but no embeddings, heads, gains and biases."""
-    return parameter.dim() >= 2 and not any(fnmatchcase(name, pattern) for pattern in keep)
+def matrix_shapes(
+    name: str, shape: Sequence[int], rank: int, keep: Sequence[str] = KEEP, split: Mapping[str, int] = SPLIT
+) -> list[tuple[int, int, int]]:
+    """(rows, columns, rank) of the matrices that a parameter, or a shard of it, is compressed as, one below the other.
+
+    The rule of the paper: weight matrices, but no embeddings, heads, gains and biases. Nor is a parameter compressed
+    whose factors, in 16 bits, would take more bytes than the gradient in 32.
+    """
+    if len(shape) < 2 or math.prod(shape) == 0 or any(fnmatchcase(name, pattern) for pattern in keep):
+        return []
+    rows, columns = shape[0], math.prod(shape[1:])
+    num_parts = next((parts for pattern, parts in split.items() if fnmatchcase(name, pattern)), 1)
+    if rows % num_parts:
+        num_parts = 1
+    height = rows // num_parts
+    rank = min(rank, height, columns)
+    if 2 * rank * (height + columns) > 4 * height * columns:
+        return []
+    return [(height, columns, rank)] * num_parts
+
+
+def count_sizes(parameters: Iterable[tuple[int, list[tuple[int, int, int]]]]) -> Sizes:
+    """Of parameters given by their numbers and the (rows, columns, rank) of their matrices, in any order of the two."""
+    compressed = factors = plain = 0
+    for numel, matrices in parameters:
+        compressed += numel if matrices else 0
+        plain += 0 if matrices else numel
+        factors += sum((m + n) * rank for m, n, rank in matrices)
+    return Sizes(compressed, factors, plain)
 
 
 def make_entry(
@@ -117,21 +143,14 @@ def make_entry(
     """Error buffers and factors for a parameter, or for this rank's shard of it."""
     entry = Entry(name, parameter)
     local = local_part(parameter.detach())
-    if not is_compressible(name, parameter, keep) or local.numel() == 0:
-        return entry
-    rows, columns = local.shape[0], local.numel() // local.shape[0]
-    num_parts = next((parts for pattern, parts in split.items() if fnmatchcase(name, pattern)), 1)
-    if rows % num_parts:
-        num_parts = 1
-    height = rows // num_parts
-    rank = min(rank, height, columns)
-    if 2 * rank * (height + columns) > 4 * height * columns:  # the factors in 16 bits, the gradient in 32
+    shapes = matrix_shapes(name, local.shape, rank, keep, split)
+    if not shapes:
         return entry
     entry.error = torch.zeros(local.shape, dtype=torch.uint16, device=local.device)
-    transposed = height > columns
-    for part in range(num_parts):
+    flat = entry.error.view(local.shape[0], -1)
+    for part, (height, columns, rank) in enumerate(shapes):
         span = (part * height, (part + 1) * height)
-        error = entry.error.view(rows, columns)[slice(*span)]
+        error, transposed = flat[slice(*span)], height > columns
         gauss = normal(seed, f"{name}/{part}/{shard}", max(height, columns), rank, local.device)
         factor = minifloat_encode(gauss.float(), "1-6-9")
         entry.matrices.append(Matrix(error.mT if transposed else error, factor, transposed, span))

@@ -26,10 +26,10 @@ from torch import nn
 
 from ..ops import minifloat_decode, orthonormalize, powersgd_project, powersgd_reconstruct
 from .blocks import Block, Plain, Verdict
-from .matrices import KEEP, SPLIT, Entry, Sizes, clean_name, local_part, make_entry, sharded_like
-from .wire import Traffic, all_reduce_codes, averaging, flatten_codes
+from .matrices import KEEP, SPLIT, Entry, Sizes, clean_name, count_sizes, local_part, make_entry, sharded_like
+from .wire import Traffic, all_reduce_codes, averaging, flatten_codes, ring_bytes
 
-_LARGE = 1 << 16  # uncompressed gradients of so many numbers leave with their block, smaller ones together at the end
+LARGE = 1 << 16  # uncompressed gradients of so many numbers leave with their block, smaller ones together at the end
 
 
 class PowerSGD:
@@ -145,10 +145,10 @@ class PowerSGD:
     @property
     def sizes(self) -> Sizes:
         """How much is compressed to how much."""
-        compressed = sum(m.error.numel() for entry in self._entries for m in entry.matrices)
-        factors = sum(sum(m.error.shape) * m.rank for entry in self._entries for m in entry.matrices)
-        plain = sum(local_part(e.parameter).numel() for e in self._entries if not e.matrices)
-        return Sizes(compressed, factors, plain)
+        return count_sizes(
+            (math.prod(local_part(e.parameter).shape), [(*m.error.shape, m.rank) for m in e.matrices])
+            for e in self._entries
+        )
 
     # ---- blocks
 
@@ -199,7 +199,7 @@ class PowerSGD:
 
     def _compress(self, block: Block) -> Generator[None, None, None]:
         """Steps of a block until its factors are everywhere; stops while a collective is under way."""
-        large = [(e, g) for e, g in block.gradients if not e.matrices and g.numel() >= _LARGE]
+        large = [(e, g) for e, g in block.gradients if not e.matrices and g.numel() >= LARGE]
         if large:
             block.plain.append(self._send_plain(large))
         factors, status = [], []
@@ -245,7 +245,7 @@ class PowerSGD:
         ranks, work = self.group.size(), None
         if ranks > 1 and flat.numel():
             work = dist.all_reduce(flat, group=self.group, async_op=True)
-            self.traffic.add(2 * (ranks - 1) * 4 * flat.numel() // ranks)
+            self.traffic.add(ring_bytes(flat.numel(), ranks))
         return Plain(gradients, flat, work)
 
     # ---- the end of backward
@@ -284,7 +284,7 @@ class PowerSGD:
 
     def _send_grouped(self) -> Plain:
         """One sum of all small gradients; the flags of all matrices ride along."""
-        small = [(e, g) for block in self._blocks for e, g in block.gradients if not e.matrices and g.numel() < _LARGE]
+        small = [(e, g) for block in self._blocks for e, g in block.gradients if not e.matrices and g.numel() < LARGE]
         return self._send_plain(small, *(block.failed.flatten() for block in self._blocks))
 
     def _judge(self, blocks: list[Block], plain: list[Plain]) -> None:
@@ -348,15 +348,18 @@ class PowerSGD:
                     if verdict.error_here:
                         matrix.error.zero_()
                     continue
-                decompressed = powersgd_reconstruct(
+                target = matrix.of(rows)
+                written = powersgd_reconstruct(
                     p,
                     r,
                     matrix.error,
                     grad_factor=self._clip() / (self.q_constant * self.grad_constant),
                     error_factor=1.0 / self.q_constant,
+                    out=target if target.dtype == torch.float32 else None,
                     backend=self.backend,
                 )
-                matrix.of(rows).copy_(decompressed)
+                if written is not target:
+                    target.copy_(written)
             if not self.finite:
                 grad.fill_(math.nan)
             elif rows.data_ptr() != grad.data_ptr():  # a gradient whose rows are not contiguous

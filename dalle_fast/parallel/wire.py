@@ -36,12 +36,18 @@ def wire_bytes(count: int, num_ranks: int, mode: str = "auto") -> int:
     """Bytes that a rank sends to average `count` codes with `all_reduce_codes`."""
     if num_ranks == 1 or count == 0:
         return 0
-    if _choose(mode, count, num_ranks) == "gather":
+    if chosen_mode(mode, count, num_ranks) == "gather":
         return (num_ranks - 1) * 2 * count
     return 2 * (num_ranks - 1) * 2 * -(-count // num_ranks)
 
 
-def _choose(mode: str, count: int, num_ranks: int) -> str:
+def ring_bytes(count: int, num_ranks: int, itemsize: int = 4) -> int:
+    """Bytes that a rank sends to average `count` numbers around a ring, as NCCL and gloo do."""
+    return 2 * (num_ranks - 1) * itemsize * count // num_ranks
+
+
+def chosen_mode(mode: str, count: int, num_ranks: int) -> str:
+    """How `all_reduce_codes` averages: "gather" or "scatter"."""
     if mode not in ("auto", "gather", "scatter"):
         raise ValueError(f"mode: expected 'auto', 'gather' or 'scatter', got {mode!r}")
     if mode != "auto":
@@ -89,7 +95,7 @@ def averaging(
     num_ranks, count = group.size(), codes.numel()
     if num_ranks == 1 or count == 0:
         return codes
-    if _choose(mode, count, num_ranks) == "gather":
+    if chosen_mode(mode, count, num_ranks) == "gather":
         everyones = codes.new_empty(num_ranks, count)
         yield from _all_gather(group, everyones, codes, traffic)
         return _average(everyones)

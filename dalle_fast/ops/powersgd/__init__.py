@@ -83,6 +83,7 @@ def powersgd_reconstruct(
     *,
     grad_factor: float = 1.0,
     error_factor: float = 1.0,
+    out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """The decompressed gradient, and what it leaves in the error buffer (spec 5.3, steps 11 and 12).
@@ -95,6 +96,8 @@ def powersgd_reconstruct(
         error: [m, n] uint16, 1-6-9 codes, changed in place, any strides; None leaves error feedback out.
         grad_factor: undoes the constants in p and q; times the clip by the global norm.
         error_factor: undoes the constants; divided by the number of machines.
+        out: [m, n] float32, any strides, overwritten and returned; written where it lies if the dense dimension of
+            `error` is dense in it. None: a new tensor.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
@@ -113,12 +116,22 @@ def powersgd_reconstruct(
         _check_codes(error, "error")
         if error.shape != (p.shape[0], q.shape[0]):
             raise ValueError(f"error: expected shape [{p.shape[0]}, {q.shape[0]}], got {list(error.shape)}")
-    for name, tensor in (("q", q), ("error", error)):
+    if out is not None:
+        if not isinstance(out, torch.Tensor) or out.dtype != torch.float32:
+            got = out.dtype if isinstance(out, torch.Tensor) else type(out).__name__
+            raise TypeError(f"out: expected a float32 torch.Tensor, got {got}")
+        if out.shape != (p.shape[0], q.shape[0]):
+            raise ValueError(f"out: expected shape [{p.shape[0]}, {q.shape[0]}], got {list(out.shape)}")
+    for name, tensor in (("q", q), ("error", error), ("out", out)):
         if tensor is not None and tensor.device != p.device:
             raise ValueError(f"{name}: expected the device of p ({p.device}), got {tensor.device}")
     if _backend.choose("powersgd", backend, p) == "reference":
-        return powersgd_reconstruct_reference(p, q, error, grad_factor, error_factor)
-    return op.powersgd_reconstruct(p, q, error, float(grad_factor), float(error_factor))
+        grad = powersgd_reconstruct_reference(p, q, error, grad_factor, error_factor)
+        return grad if out is None else out.copy_(grad)
+    if out is None:
+        out = op.new_gradient(p, q, error)
+    op.powersgd_reconstruct(out, p, q, error, float(grad_factor), float(error_factor))
+    return out
 
 
 def _check_codes(tensor: torch.Tensor, name: str) -> None:

@@ -14,12 +14,17 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return 1 in tensor.stride() or 1 in tensor.shape
 
 
+def _is_dense_as(tensor: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether the dense dimension of `like` is dense in `tensor` too."""
+    dim = 1 if like.stride(1) == 1 or like.shape[1] == 1 else 0
+    return tensor.stride(dim) == 1 or tensor.shape[dim] == 1
+
+
 def _dense_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`tensor` with the dense dimension of `like`, copied if need be."""
-    last = like.stride(1) == 1 or like.shape[1] == 1
-    dim = 1 if last else 0
-    if tensor.stride(dim) == 1 or tensor.shape[dim] == 1:
+    if _is_dense_as(tensor, like):
         return tensor
+    last = like.stride(1) == 1 or like.shape[1] == 1
     return tensor.contiguous() if last else tensor.mT.contiguous().mT
 
 
@@ -49,23 +54,25 @@ def _project_fake(error, factor, grad, inverse_grad_scale, scale):
     return code, error.new_empty(3, dtype=torch.int32)
 
 
-def _reconstruct(p, q, error, grad_factor, error_factor):
-    if error is not None and error.numel() and not _is_dense(error):
-        buffer = error.contiguous()
-        grad = _reconstruct(p, q, buffer, grad_factor, error_factor)
-        error.copy_(buffer)
-        return grad
-    grad = _reconstruct_fake(p, q, error, grad_factor, error_factor)
-    if grad.numel():
-        _C.powersgd_reconstruct(grad, p.contiguous(), q.contiguous(), error, grad_factor, error_factor, stream_of(p))
-    return grad
-
-
-def _reconstruct_fake(p, q, error, grad_factor, error_factor):
+def new_gradient(p, q, error):
+    """[m, n] float32, not written, with the dense dimension of `error`."""
     m, n = p.shape[0], q.shape[0]
     if error is None or error.stride(1) == 1 or n == 1 or not _is_dense(error):
         return p.new_empty(m, n, dtype=torch.float32)
     return p.new_empty(n, m, dtype=torch.float32).mT
+
+
+def _reconstruct(out, p, q, error, grad_factor, error_factor):
+    if not out.numel():
+        return
+    buffer = error if error is None or _is_dense(error) else error.contiguous()
+    in_place = _is_dense(out) if buffer is None else _is_dense_as(out, buffer)
+    grad = out if in_place else new_gradient(p, q, buffer)
+    _C.powersgd_reconstruct(grad, p.contiguous(), q.contiguous(), buffer, grad_factor, error_factor, stream_of(p))
+    if buffer is not error:
+        error.copy_(buffer)
+    if grad is not out:
+        out.copy_(grad)
 
 
 powersgd_project = register_op(
@@ -76,7 +83,7 @@ powersgd_project = register_op(
 )
 powersgd_reconstruct = register_op(
     "powersgd_reconstruct",
-    "(Tensor p, Tensor q, Tensor(a!)? error, float grad_factor, float error_factor) -> Tensor",
+    "(Tensor(a!) out, Tensor p, Tensor q, Tensor(b!)? error, float grad_factor, float error_factor) -> ()",
     _reconstruct,
-    _reconstruct_fake,
+    lambda *arguments: None,
 )
