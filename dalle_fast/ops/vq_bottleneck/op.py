@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Logits of a chunk: on CUDA 8 MiB, which stay in the second-level cache with as much of dy. The CPU works in tiles and
 # needs chunks only for sums over rows: enough rows to share out.
 _CUDA_LOGITS = 1 << 21
-_CPU_LOGITS, _CPU_ROWS = 1 << 22, 512
+_CPU_LOGITS, _CPU_ROWS = 1 << 21, 512
 # But as many rows as x has channels (up to this number): adding to the [V, C] gradient once a chunk then costs no more
 # than a pass over the logits.
 _CHANNELS = 1024
