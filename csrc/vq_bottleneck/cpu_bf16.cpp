@@ -90,7 +90,7 @@ void transpose_tile(bf16* to, int64_t ldt, const bf16* from, int64_t columns) {
 template <bool kAdd>
 void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const Packed& b, int64_t begin, int64_t end,
               int64_t rows, int64_t depth, bool amx) {
-  for (int64_t k = 0; k < depth; k += kDepth) {
+  for (int64_t k = 0; k < depth || k == 0; k += kDepth) {
     const int64_t part = depth - k < kDepth ? depth - k : kDepth;
     const auto product = kAdd || k ? gemm_bf16<true> : gemm_bf16<false>;
     for (int64_t n = begin; n < end; n += kBlock)
