@@ -10,7 +10,7 @@ namespace dalle_fast {
 namespace DF_CPU_NAMESPACE {
 
 constexpr int kMicroVecs = kLanes == 16 ? 4 : 2;  // of the micro-kernel: 16 accumulators at 16 lanes, 8 at 8 or 4
-constexpr int64_t kMicroDepth = 64;  // rows of B between two visits of C: they stay in the first-level cache
+constexpr int64_t kMicroDepth = 128;              // rows of B between two visits of C: they stay in the nearest caches
 
 DF_INLINE constexpr int rows_of_micro(int vecs) { return kLanes == 16 ? (vecs == 4 ? 4 : 8) : 8 / vecs; }
 

@@ -274,6 +274,17 @@ DF_INLINE float hmax(VecF v) {
 #endif
 }
 
+// lane i: the sum over the lanes of v[i], in a fixed order; rounds as those of transpose, added up. v is lost.
+DF_INLINE VecF sums_of(VecF (&v)[kLanes]) {
+  VecI low = {};
+  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + i % 2 * kLanes;
+  const VecI high = low + kLanes / 2;
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i)
+      v[i] = __builtin_shuffle(v[i], v[i + half], low) + __builtin_shuffle(v[i], v[i + half], high);
+  return v[0];
+}
+
 // Within its scope this thread takes subnormal numbers for zero and makes none: one of them in a vector may cost some
 // 150 cycles, and low temperatures make many.
 class FlushSubnormals {

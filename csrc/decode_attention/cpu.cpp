@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: MIT
-// A task is a (sample, key-value head). Which ring slots the token sees is worked out once for all tasks. Four keys are
-// scored at a time, so that their dot products overlap.
+// A task is one key-value head of a few samples that share their text, so that text keys and values are read once for
+// all their queries: products in register blocks of kTogether queries, as are those with a sample's own image keys, one
+// query at a time. Which ring slots the token sees is worked out once for all tasks.
 #include "decode_attention.h"
+
+#include <type_traits>
 
 #include "../core/parallel.h"
 #include "../core/simd.h"
@@ -14,6 +17,10 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 namespace {
 
 const float kMinusInf = -__builtin_inff();
+constexpr int64_t kQueries = 16;                         // of a task, about
+constexpr int64_t kKeys = 64;                            // read for all queries while they are in the first-level cache
+constexpr int kTogether = kLanes >= 8 ? kLanes / 4 : 1;  // queries in registers
+constexpr int64_t kPair = 2 * kLanes;
 
 template <typename T>
 DF_INLINE T* row3(const Tensor3& t, int64_t b, int64_t h) {
@@ -24,95 +31,197 @@ DF_INLINE T* row4(const Tensor4& t, int64_t b, int64_t h, int64_t l) {
   return static_cast<T*>(t.data) + b * t.stride_b + h * t.stride_h + l * t.stride_l;
 }
 
+// ---- kPair elements of a row as two vectors: of bfloat16 the even and the odd ones, which costs no more than a shift
+// and a mask. Products over the head dimension do not care, and what is stored goes back into its order.
+
+struct Pair {
+  VecF a, b;
+};
+
 template <typename T>
-DF_INLINE VecF load_part(const T* p, int64_t d, int64_t n) {
-  return n - d >= kLanes ? loadu(p + d) : load_n(p + d, static_cast<int>(n - d));
+DF_INLINE Pair load_pair(const T* p) {
+  return {loadu(p), loadu(p + kLanes)};
+}
+DF_INLINE Pair load_pair(const bf16* p) {
+  VecU words;
+  __builtin_memcpy(&words, p, sizeof words);
+  return {bit_cast<VecF>(words << 16), bit_cast<VecF>(words & 0xffff0000u)};
+}
+template <typename T>
+DF_INLINE void store_pair(T* p, const Pair& x) {
+  storeu(p, x.a);
+  storeu(p + kLanes, x.b);
+}
+DF_INLINE void store_pair(bf16* p, const Pair& x) {
+  const VecU words = __builtin_convertvector(to_bf16(x.a), VecU) | __builtin_convertvector(to_bf16(x.b), VecU) << 16;
+  __builtin_memcpy(p, &words, sizeof words);
 }
 
-// s[i] = q . key(i) for i in [0, n)
-template <typename T, typename Key>
-DF_INLINE void dots(float* s, const float* q, Key&& key, int64_t n, int64_t dim) {
+// elements [d, dim) of a row at most; zeros behind them
+template <typename T>
+DF_INLINE Pair load_pair(const T* row, int64_t d, int64_t dim) {
+  if (dim - d >= kPair) return load_pair(row + d);
+  T part[kPair] = {};
+  __builtin_memcpy(part, row + d, static_cast<std::size_t>(dim - d) * sizeof(T));
+  return load_pair(part);
+}
+template <typename T>
+DF_INLINE void store_pair(T* row, int64_t d, int64_t dim, const Pair& x) {
+  if (dim - d >= kPair) return store_pair(row + d, x);
+  T part[kPair];
+  store_pair(part, x);
+  __builtin_memcpy(row + d, part, static_cast<std::size_t>(dim - d) * sizeof(T));
+}
+
+// ---- products
+
+// s[q][i] = query q . key(i) for Q queries and i in [0, n), written up to the next multiple of kLanes / Q. Rows of q
+// and of s are dim_padded and s_stride apart.
+template <int Q, typename T, typename Key>
+DF_INLINE void dots(float* s, int64_t s_stride, const float* q, int64_t dim_padded, Key&& key, int64_t n, int64_t dim) {
+  constexpr int K = kLanes / Q;
+  for (int64_t i = 0; i < n; i += K) {
+    const T* row[K];
+    for (int k = 0; k < K; ++k) row[k] = key(i + k < n ? i + k : n - 1);
+    VecF acc[kLanes] = {};
+    for (int64_t d = 0; d < dim; d += kPair) {
+      Pair x[Q];
+      for (int j = 0; j < Q; ++j) x[j] = load_pair(q + j * dim_padded + d);
+      for (int k = 0; k < K; ++k) {
+        const Pair y = load_pair(row[k], d, dim);
+        for (int j = 0; j < Q; ++j) acc[j * K + k] += x[j].a * y.a;
+        for (int j = 0; j < Q; ++j) acc[j * K + k] += x[j].b * y.b;
+      }
+    }
+    float sums[kLanes];
+    storeu(sums, sums_of(acc));
+    for (int j = 0; j < Q; ++j) __builtin_memcpy(s + j * s_stride + i, sums + j * K, K * sizeof(float));
+  }
+}
+
+// o[q][d ... d + P kPair) += sum_i s[q][i] value(i)[d ...]
+template <int Q, int P, typename T, typename Value>
+DF_INLINE void accumulate_part(float* o, int64_t dim_padded, const float* s, int64_t s_stride, Value&& value, int64_t n,
+                               int64_t d, int64_t dim) {
+  Pair acc[Q][P];
+  for (int j = 0; j < Q; ++j)
+    for (int k = 0; k < P; ++k) acc[j][k] = load_pair(o + j * dim_padded + d + k * kPair);
+  for (int64_t i = 0; i < n; ++i) {
+    const T* const row = value(i);
+    Pair x[P];
+    for (int k = 0; k < P; ++k) x[k] = load_pair(row, d + k * kPair, dim);
+    for (int j = 0; j < Q; ++j) {
+      const VecF weight = splat(s[j * s_stride + i]);
+      for (int k = 0; k < P; ++k) {
+        acc[j][k].a += weight * x[k].a;
+        acc[j][k].b += weight * x[k].b;
+      }
+    }
+  }
+  for (int j = 0; j < Q; ++j)
+    for (int k = 0; k < P; ++k) store_pair(o + j * dim_padded + d + k * kPair, acc[j][k]);
+}
+
+template <int Q, typename T, typename Value>
+DF_INLINE void accumulate(float* o, int64_t dim_padded, const float* s, int64_t s_stride, Value&& value, int64_t n,
+                          int64_t dim) {
+  int64_t d = 0;
+  for (; d + kPair < dim; d += 2 * kPair) accumulate_part<Q, 2, T>(o, dim_padded, s, s_stride, value, n, d, dim);
+  if (d < dim) accumulate_part<Q, 1, T>(o, dim_padded, s, s_stride, value, n, d, dim);
+}
+
+// f(number of queries, first of them), kTogether at a time, then one by one
+template <typename F>
+DF_INLINE void for_each_query(int64_t count, F&& f) {
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4) {
-    const T* row[4] = {key(i), key(i + 1), key(i + 2), key(i + 3)};
-    VecF acc[4] = {};
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const VecF x = loadu(q + d);
-      for (int k = 0; k < 4; ++k) acc[k] += x * load_part(row[k], d, dim);
-    }
-    for (int k = 0; k < 4; ++k) s[i + k] = hsum(acc[k]);
-  }
-  for (; i < n; ++i) {
-    const T* row = key(i);
-    VecF acc = {};
-    for (int64_t d = 0; d < dim; d += kLanes) acc += loadu(q + d) * load_part(row, d, dim);
-    s[i] = hsum(acc);
-  }
+  for (; i + kTogether <= count; i += kTogether) f(std::integral_constant<int, kTogether>(), i);
+  for (; i < count; ++i) f(std::integral_constant<int, 1>(), i);
 }
 
-// out[d] += sum_i p[i] value(i)[d]
-template <typename T, typename Value>
-DF_INLINE void accumulate(float* out, const float* p, Value&& value, int64_t n, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    VecF acc[2] = {loadu(out + d), VecF{}};
-    int64_t i = 0;
-    for (; i + 2 <= n; i += 2) {
-      acc[0] += splat(p[i]) * load_part(value(i), d, dim);
-      acc[1] += splat(p[i + 1]) * load_part(value(i + 1), d, dim);
-    }
-    if (i < n) acc[0] += splat(p[i]) * load_part(value(i), d, dim);
-    storeu(out + d, acc[0] + acc[1]);
+// e^(s - largest) in place of s[0, n), with zeros up to the next multiple of kLanes; returns their sum.
+DF_INLINE float exponentials(float* s, int64_t n) {
+  for (int64_t i = n; i % kLanes; ++i) s[i] = kMinusInf;
+  VecF best = splat(kMinusInf);
+  for (int64_t i = 0; i < n; i += kLanes) best = vmax(loadu(s + i), best);
+  const float shift = hmax(best);
+  VecF sum = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const VecF e = exp(loadu(s + i) - splat(shift));
+    storeu(s + i, e);
+    sum += e;
   }
+  return hsum(sum);
 }
 
+// Samples [begin, end), which share the text of one.
 template <typename T>
-void task(const Params& p, int64_t b, int64_t kv, const float* slots, int64_t num_image) {
+void task(const Params& p, int64_t begin, int64_t end, int64_t kv, const float* slots, int64_t num_image) {
   static thread_local ThreadScratch scratch;
   const bool text = p.position < p.pattern.text_len;
-  const int64_t text_b = b / (p.batch / p.text_batch);
+  const int64_t text_b = begin / (p.batch / p.text_batch), dim = p.head_dim;
   const int64_t num_text = text ? p.position + 1 : p.pattern.text_len;
-  const int64_t padded = (p.head_dim + kLanes - 1) / kLanes * kLanes;
-  const int64_t total = num_text + num_image;
-  float* q = scratch.floats(2 * padded + (total + kLanes) / kLanes * kLanes);
-  float* o = q + padded;
-  float* s = o + padded;
+  const int64_t group = p.num_heads / p.num_kv_heads, count = (end - begin) * group;  // queries
+  const int64_t padded = round_up(dim, 2 * kPair);
+  const int64_t stride = round_up(num_text + num_image, kLanes) + kLanes;
+  float* const q = scratch.floats(count * (2 * padded + stride));
+  float* const o = q + count * padded;
+  float* const s = o + count * padded;
 
-  T* new_k = text ? row4<T>(p.text_k, b, kv, p.position)
-                  : row4<T>(p.image_k, b, kv, (p.position - p.pattern.text_len) % p.ring_len);
-  T* new_v = text ? row4<T>(p.text_v, b, kv, p.position)
-                  : row4<T>(p.image_v, b, kv, (p.position - p.pattern.text_len) % p.ring_len);
-  __builtin_memmove(new_k, row3<T>(p.k, b, kv), static_cast<std::size_t>(p.head_dim) * sizeof(T));
-  __builtin_memmove(new_v, row3<T>(p.v, b, kv), static_cast<std::size_t>(p.head_dim) * sizeof(T));
+  const auto for_each_sample = [&](auto f) {
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t h = 0; h < group; ++h) f(b, kv * group + h, (b - begin) * group + h);
+  };
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t at = text ? p.position : (p.position - p.pattern.text_len) % p.ring_len;
+    __builtin_memmove(row4<T>(text ? p.text_k : p.image_k, b, kv, at), row3<T>(p.k, b, kv),
+                      static_cast<std::size_t>(dim) * sizeof(T));
+    __builtin_memmove(row4<T>(text ? p.text_v : p.image_v, b, kv, at), row3<T>(p.v, b, kv),
+                      static_cast<std::size_t>(dim) * sizeof(T));
+  }
+  for_each_sample([&](int64_t b, int64_t h, int64_t i) {
+    for (int64_t d = 0; d < dim; d += kPair) {
+      const Pair x = load_pair(row3<T>(p.q, b, h), d, dim);
+      store_pair(q + i * padded + d, {x.a * splat(p.scale), x.b * splat(p.scale)});
+    }
+  });
+  zero(o, count * padded);
 
   const auto slot = [&](int64_t i) { return static_cast<int64_t>(bit_cast<int32_t>(slots[i])); };
-  const int64_t group = p.num_heads / p.num_kv_heads;
-  for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-    const T* from = row3<T>(p.q, b, h);
-    for (int64_t d = 0; d < padded; d += kLanes) {
-      storeu(q + d, load_part(from, d, p.head_dim) * splat(p.scale));
-      storeu(o + d, VecF{});
-    }
-    dots<T>(s, q, [&](int64_t i) { return row4<T>(p.text_k, text_b, kv, i); }, num_text, p.head_dim);
-    dots<T>(s + num_text, q, [&](int64_t i) { return row4<T>(p.image_k, b, kv, slot(i)); }, num_image, p.head_dim);
-    for (int64_t i = total; i % kLanes; ++i) s[i] = kMinusInf;
-    VecF best = splat(kMinusInf);
-    for (int64_t i = 0; i < total; i += kLanes) best = vmax(loadu(s + i), best);
-    const float shift = hmax(best);
-    VecF sum = {};
-    for (int64_t i = 0; i < total; i += kLanes) {
-      const VecF e = exp(loadu(s + i) - splat(shift));
-      storeu(s + i, e);
-      sum += e;
-    }
-    accumulate<T>(o, s, [&](int64_t i) { return row4<T>(p.text_v, text_b, kv, i); }, num_text, p.head_dim);
-    accumulate<T>(
-        o, s + num_text, [&](int64_t i) { return row4<T>(p.image_v, b, kv, slot(i)); }, num_image, p.head_dim);
-    const VecF factor = splat(1.0f / hsum(sum));
-    T* out = row3<T>(p.out, b, h);
-    int64_t d = 0;
-    for (; d + kLanes <= p.head_dim; d += kLanes) storeu(out + d, loadu(o + d) * factor);
-    if (d < p.head_dim) store_n(out + d, loadu(o + d) * factor, static_cast<int>(p.head_dim - d));
+  for (int64_t first = 0; first < num_text; first += kKeys) {
+    const int64_t n = num_text - first < kKeys ? num_text - first : kKeys;
+    for_each_query(count, [&](auto queries, int64_t i) {
+      dots<queries, T>(
+          s + i * stride + first, stride, q + i * padded, padded,
+          [&](int64_t k) { return row4<T>(p.text_k, text_b, kv, first + k); }, n, dim);
+    });
   }
+  for_each_sample([&](int64_t b, int64_t, int64_t i) {
+    dots<1, T>(
+        s + i * stride + num_text, stride, q + i * padded, padded,
+        [&](int64_t k) { return row4<T>(p.image_k, b, kv, slot(k)); }, num_image, dim);
+  });
+
+  float* const sums = q;  // queries are done with
+  for (int64_t i = 0; i < count; ++i) sums[i] = exponentials(s + i * stride, num_text + num_image);
+
+  for (int64_t first = 0; first < num_text; first += kKeys) {
+    const int64_t n = num_text - first < kKeys ? num_text - first : kKeys;
+    for_each_query(count, [&](auto queries, int64_t i) {
+      accumulate<queries, T>(
+          o + i * padded, padded, s + i * stride + first, stride,
+          [&](int64_t k) { return row4<T>(p.text_v, text_b, kv, first + k); }, n, dim);
+    });
+  }
+  for_each_sample([&](int64_t b, int64_t h, int64_t i) {
+    accumulate<1, T>(
+        o + i * padded, padded, s + i * stride + num_text, stride,
+        [&](int64_t k) { return row4<T>(p.image_v, b, kv, slot(k)); }, num_image, dim);
+    const VecF factor = splat(1.0f / sums[i]);
+    for (int64_t d = 0; d < dim; d += kPair) {
+      const Pair x = load_pair(o + i * padded + d);
+      store_pair(row3<T>(p.out, b, h), d, dim, {x.a * factor, x.b * factor});
+    }
+  });
 }
 
 template <typename T>
@@ -136,8 +245,15 @@ void run(Params p) {
   }
   const int64_t keys = (p.position < p.pattern.text_len ? p.position + 1 : p.pattern.text_len) + count;
   const bool threads = p.batch * p.num_heads * keys * p.head_dim >= 4 * kSerialBelow;
+  const int64_t group = p.num_heads / p.num_kv_heads, share = p.batch / p.text_batch;
+  const int64_t samples = group < kQueries ? kQueries / group : 1, blocks = (share + samples - 1) / samples;
   parallel_for(
-      p.batch * p.num_kv_heads, [&](int64_t i) { task<T>(p, i / p.num_kv_heads, i % p.num_kv_heads, slots, count); },
+      p.num_kv_heads * p.text_batch * blocks,
+      [&](int64_t i) {
+        const int64_t block = i % blocks * samples, first = i / blocks % p.text_batch * share;
+        const int64_t end = block + samples < share ? block + samples : share;
+        task<T>(p, first + block, first + end, i / blocks / p.text_batch, slots, count);
+      },
       threads);
 }
 

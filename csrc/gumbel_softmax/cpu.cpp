@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: MIT
 // Two layouts. Codes dense: a vector holds neighbouring codes; kLanes generators make 4 kLanes codes. Rows dense: a
-// vector holds the same code of neighbouring rows, and a generator's four words are four codes. Per block of rows the
-// perturbed logits wait in scratch (V floats a row), so memory is read and written once.
+// vector holds the same code of neighbouring rows, and a generator's four words are four codes; several vectors go side
+// by side. Per block of rows exponentials wait in scratch (V floats a row), so memory is read and written once.
 #include "gumbel_softmax.h"
 
+#include <cfloat>
+
+#include "../core/pages.h"
 #include "../core/parallel.h"
 #include "../core/philox_simd.h"
 #include "../core/simd.h"
@@ -87,67 +90,116 @@ void hard_row(const Params& p, int64_t row) {
   p.index[row] = at;
 }
 
-// Rows dense: kLanes rows at inner index i0 of one outer index; n of them exist.
-template <typename T>
-DF_INLINE VecF load_rows(const T* x, int n) {
-  return n == kLanes ? loadu(x) : load_n(x, n);
+// ---- rows dense
+
+constexpr int kGroup = 4;            // vectors of neighbouring rows: whole cache lines, and several of each page
+constexpr int64_t kPiece = 32;       // codes; sums over codes are sums of their sums
+constexpr int64_t kAhead = 8;        // codes prefetched: no hardware follows a stride of a page
+constexpr float kLowest = -FLT_MAX;  // where maxima begin: -Inf - kLowest is -Inf, not NaN
+
+// The rows of a task: at most kGroup vectors at inner index i0 of one outer index.
+struct Rows {
+  int64_t inner, num_codes, base;  // base: of code 0 and the first row
+  int vecs, last;                  // the last vector has `last` rows
+
+  Rows(int64_t inner, int64_t num_codes, int64_t o, int64_t i0) : inner(inner), num_codes(num_codes) {
+    base = o * num_codes * inner + i0;
+    const int64_t count = inner - i0 < kGroup * kLanes ? inner - i0 : kGroup * kLanes;
+    vecs = static_cast<int>((count + kLanes - 1) / kLanes);
+    last = static_cast<int>(count - (vecs - 1) * kLanes);
+  }
+  bool whole(int v) const { return v + 1 < vecs || last == kLanes; }
+  template <typename T>
+  VecF load(const T* from, int64_t c, int v) const {
+    const T* at = from + c * inner + v * kLanes;
+    return whole(v) ? loadu(at) : load_n(at, last);
+  }
+  template <typename T>
+  void store(T* to, int64_t c, int v, VecF x) const {
+    T* at = to + c * inner + v * kLanes;
+    whole(v) ? storeu(at, x) : store_n(at, x, last);
+  }
+  template <typename T>
+  void prefetch(const T* from, int64_t c) const {
+    if (c >= num_codes) return;
+    const char* at = reinterpret_cast<const char*>(from + c * inner);
+    for (int64_t i = 0; i < static_cast<int64_t>(sizeof(T)) * vecs * kLanes; i += 64) __builtin_prefetch(at + i);
+  }
+  int64_t piece(int64_t c) const { return num_codes - c < kPiece ? num_codes - c : kPiece; }
+};
+
+// f(code, v, logits + g) for codes [first, first + count) and all rows; first is a multiple of 4.
+template <typename T, typename F>
+DF_INLINE void perturb_rows(const Rows& rows, const T* in, uint32_t first_row, const NoiseKey& key, int64_t first,
+                            int64_t count, F f) {
+  for (int64_t c = first; c < first + count; c += 4) {
+    for (int64_t w = 0; w < 4; ++w) rows.prefetch(in, c + w + kAhead);
+    for (int v = 0; v < rows.vecs; ++v) {
+      VecF noise[4];
+      gumbel_of_rows(noise, c, (VecU)lane_index() + (first_row + static_cast<uint32_t>(v * kLanes)), key);
+      for (int w = 0; w < 4 && c + w < first + count; ++w) f(c + w, v, rows.load(in, c + w, v) + noise[w]);
+    }
+  }
 }
 
 template <typename T>
 void soft_rows(const Params& p, int64_t o, int64_t i0) {
   static thread_local ThreadScratch scratch;
-  const int n = static_cast<int>(p.inner - i0 < kLanes ? p.inner - i0 : kLanes);
-  float* x = scratch.floats(p.num_codes * kLanes);
-  const T* in = static_cast<const T*>(p.logits) + o * p.num_codes * p.inner + i0;
-  T* y = static_cast<T*>(p.y) + o * p.num_codes * p.inner + i0;
+  const Rows rows(p.inner, p.num_codes, o, i0);
+  const int64_t step = rows.vecs * kLanes, num_pieces = (p.num_codes + kPiece - 1) / kPiece;
+  float* const x = scratch.floats((p.num_codes + num_pieces) * step);  // exponentials, each piece's against its shift
+  float* const shift = x + p.num_codes * step;                         // the largest up to and with the piece
+  const T* const in = static_cast<const T*>(p.logits) + rows.base;
+  T* const y = static_cast<T*>(p.y) + rows.base;
   const NoiseKey key = noise_key(p.seed, p.offset);
-  const VecU row = (VecU)lane_index() + (p.row_offset + static_cast<uint32_t>(o * p.inner + i0));
-  VecF best = splat(-__builtin_inff());
-  VecI nan = {};
-  for (int64_t c = 0; c < p.num_codes; c += 4) {
-    VecF noise[4];
-    gumbel_of_rows(noise, c, row, key);
-    for (int w = 0; w < 4 && c + w < p.num_codes; ++w) {
-      const VecF v = load_rows(in + (c + w) * p.inner, n) + noise[w];
-      best = vmax(v, best);
-      nan |= v != v;
-      storeu(x + (c + w) * kLanes, v);
+  const uint32_t first_row = p.row_offset + static_cast<uint32_t>(o * p.inner + i0);
+  const VecF factor = splat(p.inverse_tau);
+  VecF best[kGroup], total[kGroup] = {};
+  for (VecF& b : best) b = splat(kLowest);
+  for (int64_t c = 0; c < p.num_codes; c += kPiece) {
+    VecF top[kGroup];
+    for (int v = 0; v < kGroup; ++v) top[v] = best[v];
+    perturb_rows(rows, in, first_row, key, c, rows.piece(c), [&](int64_t at, int v, VecF z) {
+      top[v] = vmax(z, top[v]);
+      storeu(x + at * step + v * kLanes, z);
+    });
+    for (int v = 0; v < rows.vecs; ++v) {
+      VecF sum = {};
+      for (int64_t at = c; at < c + rows.piece(c); ++at) {
+        float* const e = x + at * step + v * kLanes;
+        const VecF value = exp((loadu(e) - top[v]) * factor);
+        storeu(e, value);
+        sum += value;
+      }
+      total[v] = total[v] * exp((best[v] - top[v]) * factor) + sum;
+      best[v] = top[v];
+      storeu(shift + c / kPiece * step + v * kLanes, top[v]);
     }
   }
-  best = nan ? splat(__builtin_nanf("")) : best;
-  VecF sum = {};
-  for (int64_t c = 0; c < p.num_codes; ++c) {
-    const VecF e = exp((loadu(x + c * kLanes) - best) * splat(p.inverse_tau));
-    storeu(x + c * kLanes, e);
-    sum += e;
-  }
-  const VecF factor = splat(1.0f) / sum;
-  for (int64_t c = 0; c < p.num_codes; ++c) {
-    const VecF v = loadu(x + c * kLanes) * factor;
-    n == kLanes ? storeu(y + c * p.inner, v) : store_n(y + c * p.inner, v, n);
+  for (int64_t c = 0; c < p.num_codes; c += kPiece) {
+    VecF scale[kGroup];
+    for (int v = 0; v < rows.vecs; ++v)
+      scale[v] = exp((loadu(shift + c / kPiece * step + v * kLanes) - best[v]) * factor) / total[v];
+    for (int64_t at = c; at < c + rows.piece(c); ++at)
+      for (int v = 0; v < rows.vecs; ++v) rows.store(y, at, v, loadu(x + at * step + v * kLanes) * scale[v]);
   }
 }
 
 template <typename T>
 void hard_rows(const Params& p, int64_t o, int64_t i0) {
-  const int n = static_cast<int>(p.inner - i0 < kLanes ? p.inner - i0 : kLanes);
-  const T* in = static_cast<const T*>(p.logits) + o * p.num_codes * p.inner + i0;
-  const NoiseKey key = noise_key(p.seed, p.offset);
-  const VecU row = (VecU)lane_index() + (p.row_offset + static_cast<uint32_t>(o * p.inner + i0));
-  VecF best = {};
-  VecI at = {};
-  for (int64_t c = 0; c < p.num_codes; c += 4) {
-    VecF noise[4];
-    gumbel_of_rows(noise, c, row, key);
-    for (int w = 0; w < 4 && c + w < p.num_codes; ++w) {
-      const VecF v = load_rows(in + (c + w) * p.inner, n) + noise[w];
-      const VecI first = splat_i(c + w == 0 ? -1 : 0);
-      const VecI better = (first | (v > best) | (v != v)) & ((best == best) | first);
-      best = better ? v : best;
-      at = better ? splat_i(static_cast<int32_t>(c + w)) : at;
-    }
-  }
-  for (int i = 0; i < n; ++i) p.index[o * p.inner + i0 + i] = at[i];
+  const Rows rows(p.inner, p.num_codes, o, i0);
+  const T* const in = static_cast<const T*>(p.logits) + rows.base;
+  const uint32_t first_row = p.row_offset + static_cast<uint32_t>(o * p.inner + i0);
+  VecF best[kGroup] = {};
+  VecI index[kGroup] = {};
+  perturb_rows(rows, in, first_row, noise_key(p.seed, p.offset), 0, p.num_codes, [&](int64_t c, int v, VecF z) {
+    const VecI first = splat_i(c == 0 ? -1 : 0);
+    const VecI better = (first | (z > best[v]) | (z != z)) & ((best[v] == best[v]) | first);
+    best[v] = better ? z : best[v];
+    index[v] = better ? splat_i(static_cast<int32_t>(c)) : index[v];
+  });
+  for (int64_t i = 0; i < (rows.vecs - 1) * kLanes + rows.last; ++i)
+    p.index[o * p.inner + i0 + i] = index[i / kLanes][i % kLanes];
 }
 
 template <typename T>
@@ -158,11 +210,11 @@ void run(const Params& p, bool hard) {
     parallel_for(p.outer, [&](int64_t row) { hard ? hard_row<T>(p, row) : soft_row<T>(p, row); }, threads);
     return;
   }
-  const int64_t blocks = (p.inner + kLanes - 1) / kLanes;
+  const int64_t blocks = (p.inner + kGroup * kLanes - 1) / (kGroup * kLanes);
   parallel_for(
       p.outer * blocks,
       [&](int64_t i) {
-        const int64_t o = i / blocks, i0 = i % blocks * kLanes;
+        const int64_t o = i / blocks, i0 = i % blocks * kGroup * kLanes;
         hard ? hard_rows<T>(p, o, i0) : soft_rows<T>(p, o, i0);
       },
       threads);
@@ -189,16 +241,25 @@ void backward_row(const BackwardParams& p, int64_t row) {
 
 template <typename T>
 void backward_rows(const BackwardParams& p, int64_t o, int64_t i0) {
-  const int n = static_cast<int>(p.inner - i0 < kLanes ? p.inner - i0 : kLanes);
-  const int64_t base = o * p.num_codes * p.inner + i0;
-  const T* y = static_cast<const T*>(p.y) + base;
-  const T* dy = static_cast<const T*>(p.dy) + base;
-  T* out = static_cast<T*>(p.dlogits) + base;
-  VecF sum = {};
-  for (int64_t c = 0; c < p.num_codes; ++c) sum += load_rows(y + c * p.inner, n) * load_rows(dy + c * p.inner, n);
+  const Rows rows(p.inner, p.num_codes, o, i0);
+  const T* const y = static_cast<const T*>(p.y) + rows.base;
+  const T* const dy = static_cast<const T*>(p.dy) + rows.base;
+  T* const out = static_cast<T*>(p.dlogits) + rows.base;
+  VecF mean[kGroup] = {};
+  for (int64_t c = 0; c < p.num_codes; c += kPiece) {
+    VecF sum[kGroup] = {};
+    for (int64_t at = c; at < c + rows.piece(c); ++at) {
+      rows.prefetch(y, at + kAhead);
+      rows.prefetch(dy, at + kAhead);
+      for (int v = 0; v < rows.vecs; ++v) sum[v] += rows.load(y, at, v) * rows.load(dy, at, v);
+    }
+    for (int v = 0; v < kGroup; ++v) mean[v] += sum[v];
+  }
   for (int64_t c = 0; c < p.num_codes; ++c) {
-    const VecF v = load_rows(y + c * p.inner, n) * (load_rows(dy + c * p.inner, n) - sum) * splat(p.inverse_tau);
-    n == kLanes ? storeu(out + c * p.inner, v) : store_n(out + c * p.inner, v, n);
+    rows.prefetch(y, c + kAhead);
+    rows.prefetch(dy, c + kAhead);
+    for (int v = 0; v < rows.vecs; ++v)
+      rows.store(out, c, v, rows.load(y, c, v) * (rows.load(dy, c, v) - mean[v]) * splat(p.inverse_tau));
   }
 }
 
@@ -209,13 +270,14 @@ void run_backward(const BackwardParams& p) {
     parallel_for(p.outer, [&](int64_t row) { backward_row<T>(p, row); }, threads);
     return;
   }
-  const int64_t blocks = (p.inner + kLanes - 1) / kLanes;
-  parallel_for(p.outer * blocks, [&](int64_t i) { backward_rows<T>(p, i / blocks, i % blocks * kLanes); }, threads);
+  const int64_t step = kGroup * kLanes, blocks = (p.inner + step - 1) / step;
+  parallel_for(p.outer * blocks, [&](int64_t i) { backward_rows<T>(p, i / blocks, i % blocks * step); }, threads);
 }
 
 }  // namespace
 
 void forward(const Params& p) {
+  prefer_huge_pages(p.y, p.outer * p.num_codes * p.inner * (p.dtype == DType::kFloat32 ? 4 : 2));
   switch (p.dtype) {
     case DType::kBFloat16: return run<bf16>(p, false);
     case DType::kFloat16: return run<fp16>(p, false);
@@ -232,6 +294,7 @@ void argmax(const Params& p) {
 }
 
 void backward(const BackwardParams& p) {
+  prefer_huge_pages(p.dlogits, p.outer * p.num_codes * p.inner * (p.dtype == DType::kFloat32 ? 4 : 2));
   switch (p.dtype) {
     case DType::kBFloat16: return run_backward<bf16>(p);
     case DType::kFloat16: return run_backward<fp16>(p);

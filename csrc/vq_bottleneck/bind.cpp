@@ -12,11 +12,11 @@ Noise noise_of(double tau, int64_t seed, int64_t offset, int64_t first_row) {
           static_cast<float>(1.0 / tau)};
 }
 
-// float32, dense, on the device of `first`
+// dense, on the device of `first`
 TensorRef dense(const TensorArg& arg, const char* name, std::initializer_list<int64_t> shape, const TensorRef& first,
-                const char* first_name) {
+                const char* first_name, DType dtype = DType::kFloat32) {
   const TensorRef t = arg.as(name);
-  require_dtype(t, name, {DType::kFloat32});
+  require_dtype(t, name, {dtype});
   require_shape(t, name, shape);
   require_contiguous(t, name);
   require_same_device(t, name, first, first_name);
@@ -102,16 +102,16 @@ template <typename P>
 TensorRef read_inputs(P& params, const TensorArg& x_arg, const TensorArg& head_weight, const TensorArg& head_bias,
                       const TensorArg& codebook, const TensorArg& stats, const Noise& noise) {
   const TensorRef x = x_arg.as("x");
-  require_dtype(x, "x", {DType::kFloat32});
+  require_dtype(x, "x", {DType::kFloat32, DType::kBFloat16});
   require_rank(x, "x", 2);
   require_dense_rows(x, "x");
   require(!x.device.is_cuda(), "x: expected a tensor on cpu");
-  const TensorRef head = dense(head_weight, "head_weight", {-1, x.shape[1]}, x, "x");
-  const TensorRef book = dense(codebook, "codebook", {-1, head.shape[0]}, x, "x");
+  const TensorRef head = dense(head_weight, "head_weight", {-1, x.shape[1]}, x, "x", x.dtype);
+  const TensorRef book = dense(codebook, "codebook", {-1, head.shape[0]}, x, "x", x.dtype);
   if (!head_bias.is_none()) params.head_bias = dense(head_bias, "head_bias", {head.shape[0]}, x, "x").as<float>();
-  params.x = x.as<const float>();
-  params.head_weight = head.as<const float>();
-  params.codebook = book.as<const float>();
+  params.x = x.data;
+  params.head_weight = head.data;
+  params.codebook = book.data;
   params.stats = dense(stats, "stats", {x.shape[0], 4}, x, "x").as<RowStats>();
   params.num_rows = x.shape[0];
   params.num_channels = x.shape[1];
@@ -122,17 +122,33 @@ TensorRef read_inputs(P& params, const TensorArg& x_arg, const TensorArg& head_w
   return x;
 }
 
-// A result of rows of whole vectors: [rows, padded(columns) or more].
-TensorRef wide(const TensorArg& arg, const char* name, int64_t rows, int64_t columns, const TensorRef& x) {
-  const TensorRef t = dense(arg, name, {rows, -1}, x, "x");
-  require(t.shape[1] >= padded(columns), std::string(name) + ": expected rows of whole vectors");
+// A result of at least `rows` rows of at least `columns`.
+TensorRef result(const TensorArg& arg, const char* name, int64_t rows, int64_t columns, const TensorRef& x,
+                 DType dtype = DType::kFloat32) {
+  const TensorRef t = dense(arg, name, {-1, -1}, x, "x", dtype);
+  require(t.shape[0] >= rows && t.shape[1] >= columns,
+          std::string(name) + ": expected at least [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
   return t;
+}
+
+// A result in the dtype of x; float32 rows are whole vectors.
+TensorRef result_like(const TensorArg& arg, const char* name, int64_t columns, const TensorRef& x) {
+  return result(arg, name, x.shape[0], x.dtype == DType::kFloat32 ? padded(columns) : columns, x, x.dtype);
 }
 
 float* workspace_of(const TensorArg& arg, int64_t size, const TensorRef& x) {
   const TensorRef t = dense(arg, "workspace", {-1}, x, "x");
   require(t.shape[0] >= size, "workspace: expected at least " + std::to_string(size) + " elements");
   return t.as<float>();
+}
+
+// Runs one of the two; bfloat16 has no other way.
+template <typename P>
+void run_on_cpu(const TensorRef& x, const P& params, void (*float32)(const P&), bool (*bfloat16)(const P&)) {
+  ::dalle_fast::run_on_cpu(x.device, [&] {
+    if (x.dtype == DType::kFloat32) return float32(params);
+    if (!bfloat16(params)) throw std::invalid_argument("x: this processor multiplies no bfloat16");
+  });
 }
 
 void forward(const TensorArg& out, const TensorArg& kl, const TensorArg& stats, const TensorArg& x_arg,
@@ -144,46 +160,47 @@ void forward(const TensorArg& out, const TensorArg& kl, const TensorArg& stats, 
       read_inputs(params, x_arg, head_weight, head_bias, codebook, stats, noise_of(tau, seed, offset, first_row));
   if (!codebook_bias.is_none())
     params.codebook_bias = dense(codebook_bias, "codebook_bias", {params.width}, x, "x").as<float>();
-  const TensorRef result = wide(out, "out", params.num_rows, params.width, x);
-  params.out = result.as<float>();
-  params.out_stride = result.shape[1];
+  const TensorRef y = result_like(out, "out", params.width, x);
+  params.out = y.data;
+  params.out_stride = y.shape[1];
   params.kl = dense(kl, "kl", {params.num_rows}, x, "x").as<float>();
   params.workspace = workspace_of(workspace, forward_workspace(params.num_channels, params.num_codes, params.width), x);
-  run_on_cpu(x.device, [&] { forward_cpu(params); });
+  run_on_cpu(x, params, forward_cpu, forward_bf16);
 }
 
 void backward(const TensorArg& dx, const TensorArg& dhead_weight, const TensorArg& dhead_bias,
               const TensorArg& dcodebook, const TensorArg& x_arg, const TensorArg& head_weight,
               const TensorArg& head_bias, const TensorArg& codebook, const TensorArg& stats, const TensorArg& kl,
-              const TensorArg& dout, const TensorArg& dkl, const TensorArg& dlogits, const TensorArg& y,
-              const TensorArg& workspace, double tau, int64_t seed, int64_t offset, int64_t first_row) {
+              const TensorArg& dout, const TensorArg& dkl, const TensorArg& workspace, int64_t chunk_rows, double tau,
+              int64_t seed, int64_t offset, int64_t first_row) {
   BackwardParams params{};
   const TensorRef x =
       read_inputs(params, x_arg, head_weight, head_bias, codebook, stats, noise_of(tau, seed, offset, first_row));
-  const auto read = [&](const TensorArg& arg, const char* name, int64_t rows, int64_t columns, float** data,
-                        int64_t* stride) {
-    if (arg.is_none()) return;
-    const TensorRef t = wide(arg, name, rows, columns, x);
-    *data = t.as<float>();
-    *stride = t.shape[1];
-  };
-  read(dx, "dx", params.num_rows, params.num_channels, &params.dx, &params.dx_stride);
-  read(dhead_weight, "dhead_weight", params.num_codes, params.num_channels, &params.dhead_weight, &params.dhead_stride);
-  read(dcodebook, "dcodebook", params.width, params.num_codes, &params.dcodebook, &params.dcodebook_stride);
+  if (!dx.is_none()) {
+    const TensorRef t = result_like(dx, "dx", params.num_channels, x);
+    params.dx = t.data;
+    params.dx_stride = t.shape[1];
+  }
+  if (!dhead_weight.is_none()) {
+    const TensorRef t = result(dhead_weight, "dhead_weight", padded(params.num_codes), padded(params.num_channels), x);
+    params.dhead_weight = t.as<float>();
+    params.dhead_stride = t.shape[1];
+  }
+  if (!dcodebook.is_none()) {
+    const TensorRef t = result(dcodebook, "dcodebook", padded(params.width), padded(params.num_codes), x);
+    params.dcodebook = t.as<float>();
+    params.dcodebook_stride = t.shape[1];
+  }
   if (!dhead_bias.is_none())
     params.dhead_bias = dense(dhead_bias, "dhead_bias", {params.num_codes}, x, "x").as<float>();
   params.kl = dense(kl, "kl", {params.num_rows}, x, "x").as<float>();
-  params.dout = dense(dout, "dout", {params.num_rows, params.width}, x, "x").as<float>();
+  params.dout = dense(dout, "dout", {params.num_rows, params.width}, x, "x", x.dtype).data;
   params.dkl = dense(dkl, "dkl", {params.num_rows}, x, "x").as<float>();
-  const TensorRef chunk = wide(dlogits, "dlogits", -1, params.num_codes, x);
-  require(chunk.shape[0] > 0, "dlogits: expected at least one row");
-  params.dlogits = chunk.as<float>();
-  params.y = dense(y, "y", {chunk.shape[0], chunk.shape[1]}, x, "x").as<float>();
-  params.chunk_rows = chunk.shape[0];
-  params.stride = chunk.shape[1];
-  params.workspace = workspace_of(
-      workspace, backward_workspace(params.num_channels, params.num_codes, params.width, params.chunk_rows), x);
-  run_on_cpu(x.device, [&] { backward_cpu(params); });
+  require(chunk_rows > 0, "chunk_rows: expected at least one row");
+  params.chunk_rows = chunk_rows;
+  params.workspace =
+      workspace_of(workspace, backward_workspace(params.num_channels, params.num_codes, params.width, chunk_rows), x);
+  run_on_cpu(x, params, backward_cpu, backward_bf16);
 }
 
 #endif
@@ -196,6 +213,8 @@ void bind_vq_bottleneck(pybind11::module_& m) {
 #if !defined(DF_SIMT)
   m.def("vq_bottleneck_forward", &forward);
   m.def("vq_bottleneck_backward", &backward);
+  m.def("vq_bottleneck_forward_workspace", &forward_workspace);
+  m.def("vq_bottleneck_backward_workspace", &backward_workspace);
 #endif
 }
 

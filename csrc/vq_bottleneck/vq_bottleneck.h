@@ -24,8 +24,8 @@ struct RowStats {
 // Of a probability, at least: the exponential of it is 0, and 0 * kLeastLog is 0, which 0 * -Inf is not.
 constexpr float kLeastLog = -88.0f;
 
-// Columns that kernels may write for `n`: whole vectors on any machine.
-constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+// Rows or columns that kernels may write for `n`: whole vectors and tiles on any machine.
+constexpr int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
 
 struct Noise {
   uint64_t seed;
@@ -34,16 +34,16 @@ struct Noise {
   float inverse_tau;
 };
 
-// ---- CPU: float32 throughout, rows dense
+// ---- CPU: operands of products all float32, or all bfloat16 where the processor multiplies it; rows dense
 
 struct ForwardParams {
-  float* out;  // [num_rows, out_stride >= padded(D)]
-  float* kl;   // [num_rows]
+  void* out;  // [num_rows, out_stride]; float32: out_stride >= padded(D), and what is past D may be written
+  float* kl;  // [num_rows]
   RowStats* stats;
-  const float* x;              // [num_rows, C], rows x_stride apart
-  const float* head_weight;    // [V, C]
+  const void* x;               // [num_rows, C], rows x_stride apart
+  const void* head_weight;     // [V, C]
   const float* head_bias;      // [V] or null
-  const float* codebook;       // [D, V]
+  const void* codebook;        // [D, V]
   const float* codebook_bias;  // [D] or null
   float* workspace;            // forward_workspace()
   int64_t num_rows, num_channels, num_codes, width;
@@ -52,37 +52,42 @@ struct ForwardParams {
 };
 
 struct BackwardParams {
-  float* dx;            // [num_rows, dx_stride >= padded(C)] or null
-  float* dhead_weight;  // [V, dhead_stride >= padded(C)] or null
+  void* dx;             // [num_rows, dx_stride] or null; float32: dx_stride >= padded(C), as of out
+  float* dhead_weight;  // [padded(V), dhead_stride >= padded(C)] or null
   float* dhead_bias;    // [V] or null
-  float* dcodebook;     // [D, dcodebook_stride >= padded(V)] or null
-  const float* x;
-  const float* head_weight;
+  float* dcodebook;     // [padded(D), dcodebook_stride >= padded(V)] or null
+  const void* x;
+  const void* head_weight;
   const float* head_bias;
-  const float* codebook;
+  const void* codebook;
   const RowStats* stats;
   const float* kl;
-  const float* dout;  // [num_rows, D] dense
-  const float* dkl;   // [num_rows]
-  float* dlogits;     // [chunk_rows, stride >= padded(V)], scratch
-  float* y;           // [chunk_rows, stride], scratch
-  float* workspace;   // backward_workspace()
+  const void* dout;  // [num_rows, D] dense
+  const float* dkl;  // [num_rows]
+  float* workspace;  // backward_workspace()
   int64_t num_rows, num_channels, num_codes, width;
   int64_t x_stride, dx_stride, dhead_stride, dcodebook_stride;
-  int64_t chunk_rows, stride;
+  int64_t chunk_rows;  // whose dlogits and y exist at a time
   Noise noise;
 };
 
-// Floats of packed matrices.
+// Floats between rows of `num_codes`: an odd number of vectors, or rows at one column would fall into the same sets of
+// a cache.
+constexpr int64_t row_stride(int64_t num_codes) { return padded(num_codes) + 16; }
+
+// Floats of packed matrices and of a chunk, enough for either dtype.
 constexpr int64_t forward_workspace(int64_t num_channels, int64_t num_codes, int64_t width) {
-  return num_channels * padded(num_codes) + num_codes * padded(width);
+  return padded(num_channels) * padded(num_codes) + padded(num_codes) * padded(width);
 }
 constexpr int64_t backward_workspace(int64_t num_channels, int64_t num_codes, int64_t width, int64_t chunk_rows) {
-  return (num_channels + width) * padded(num_codes) + (num_codes + chunk_rows) * padded(num_channels);
+  const int64_t codes = padded(num_codes), channels = padded(num_channels), outputs = padded(width);
+  return (2 * channels + outputs) * codes + padded(chunk_rows) * (channels + outputs + 2 * row_stride(num_codes));
 }
 
 DF_CPU_LAUNCHER(forward, ForwardParams)
 DF_CPU_LAUNCHER(backward, BackwardParams)
+DF_BF16_LAUNCHER(forward, ForwardParams)
+DF_BF16_LAUNCHER(backward, BackwardParams)
 
 // ---- CUDA: a chunk's matrices are dense [num_rows, stride], stride a multiple of 16; padding may be written
 

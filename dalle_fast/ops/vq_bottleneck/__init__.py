@@ -33,8 +33,9 @@ def vq_bottleneck(
 
     Logits exist for one chunk of cells at a time; four numbers a cell are kept for the backward pass, which computes
     them again. Logits, noise and both distributions are float32 (section 2.4), whatever the operands of the products;
-    on CUDA y is rounded to bfloat16 before its product with a bfloat16 codebook. Under torch.autocast the operands and
-    `out` have the autocast dtype, as with F.conv2d. The CPU multiplies in float32.
+    beside a bfloat16 codebook y and the gradient of the logits are rounded to bfloat16 before their products, on CUDA
+    and on a CPU that multiplies bfloat16; other CPUs multiply float32. Under torch.autocast the operands and `out` have
+    the autocast dtype, as with F.conv2d.
     NaN and Inf act as in torch.softmax; a code whose logit is -Inf adds nothing to kl. First derivatives only:
     backend="reference" has further ones.
 

@@ -7,7 +7,8 @@ one product into out. Backward: the logits and dy by two products, one kernel th
 place, and one product for each gradient that is wanted. Either way four statistics a row are kept between the two.
 
 On CUDA logits and dy are float32 whatever the operands; y and dlogits become operands again, bfloat16 beside bfloat16,
-else float32 (in float16 dlogits would underflow).
+else float32 (in float16 dlogits would underflow). So they do on a CPU that multiplies bfloat16; others multiply
+float32.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Logits of a chunk: on CUDA 8 MiB, which stay in the second-level cache with as much of dy. The CPU works in tiles and
 # needs chunks only for sums over rows: enough rows to share out.
 _CUDA_LOGITS = 1 << 21
-_CPU_LOGITS, _CPU_ROWS = 1 << 22, 512
+_CPU_LOGITS, _CPU_ROWS = 1 << 21, 512
 # But as many rows as x has channels (up to this number): adding to the [V, C] gradient once a chunk then costs no more
 # than a pass over the logits.
 _CHANNELS = 1024
+# core/dispatch.h: the lowest level of a CPU that multiplies bfloat16.
+_BF16_LEVEL = 5
 
 
 def chunk_rows(num_rows: int, num_channels: int, num_codes: int, whole: bool) -> int:
@@ -36,9 +39,9 @@ def chunk_rows(num_rows: int, num_channels: int, num_codes: int, whole: bool) ->
     return max(1, min(num_rows, max(fitting, min(num_channels, _CHANNELS))))
 
 
-def _padded(n: int) -> int:
-    """Kernels read and write whole vectors."""
-    return -(-n // 16) * 16
+def _padded(n: int, dtype: torch.dtype = torch.float32) -> int:
+    """Kernels read and write whole vectors and tiles of float32."""
+    return -(-n // 32) * 32 if dtype == torch.float32 else n
 
 
 def _is_whole(x: torch.Tensor) -> bool:
@@ -71,9 +74,11 @@ def _kl_shape(x: torch.Tensor) -> torch.Size:
     return x.shape[:1] + x.shape[2:]
 
 
-def _float(tensor: torch.Tensor | None, operand: torch.dtype = torch.float32) -> torch.Tensor | None:
-    """Dense float32, rounded to the operands' dtype."""
-    return None if tensor is None else tensor.to(operand).float().contiguous()
+def _cast(
+    tensor: torch.Tensor | None, rounded: torch.dtype = torch.float32, operand: torch.dtype = torch.float32
+) -> torch.Tensor | None:
+    """Rounded to `rounded`, dense in `operand`."""
+    return None if tensor is None else tensor.to(rounded).to(operand).contiguous()
 
 
 # ---- chunks
@@ -121,7 +126,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: b
 def _forward_chunks(rows, head_weight, head_bias, codebook, codebook_bias, kl, stats, noise):
     tau, seed, offset, row_offset = noise
     chunk = _Chunk(rows, head_weight.shape[0])
-    weight, bias = head_weight.to(rows.dtype).t(), _float(head_bias)
+    weight, bias = head_weight.to(rows.dtype).t(), _cast(head_bias)
     codes = codebook.to(rows.dtype).to(chunk.operand).t()
     code_bias = None if codebook_bias is None else codebook_bias.to(rows.dtype).to(chunk.operand)
     out = rows.new_empty(rows.shape[0], codebook.shape[0], dtype=chunk.operand)
@@ -143,7 +148,7 @@ def _forward_chunks(rows, head_weight, head_bias, codebook, codebook_bias, kl, s
 def _backward_chunks(rows, head_weight, head_bias, codebook, kl, stats, dout, dkl, noise, needs):
     tau, seed, offset, row_offset = noise
     chunk = _Chunk(rows, head_weight.shape[0])
-    weight, codes, bias = head_weight.to(rows.dtype), codebook.to(rows.dtype), _float(head_bias)
+    weight, codes, bias = head_weight.to(rows.dtype), codebook.to(rows.dtype), _cast(head_bias)
     weight_operand, rows_operand, dout_operand = (t.to(chunk.operand) for t in (weight, rows, dout))
     dx = rows.new_empty(rows.shape, dtype=chunk.operand) if needs[0] else None
     dweight, dbias, dcodes = (
@@ -176,31 +181,42 @@ def _backward_chunks(rows, head_weight, head_bias, codebook, kl, stats, dout, dk
 # ---- the whole
 
 
+def _operand(dtype: torch.dtype) -> torch.dtype:
+    """What the CPU multiplies in place of `dtype`."""
+    return dtype if dtype == torch.bfloat16 and _C.cpu_level() >= _BF16_LEVEL else torch.float32
+
+
 def _forward_whole(rows, head_weight, head_bias, codebook, codebook_bias, kl, stats, noise):
     (num_codes, num_channels), width = head_weight.shape, codebook.shape[0]
-    cast = [_float(t, rows.dtype) for t in (rows, head_weight, head_bias, codebook, codebook_bias)]
-    out = cast[0].new_empty(rows.shape[0], _padded(width))
-    workspace = cast[0].new_empty(num_channels * _padded(num_codes) + num_codes * _padded(width))
-    _C.vq_bottleneck_forward(out, kl, stats, *cast, workspace, *noise)
+    rounded, operand = rows.dtype, _operand(rows.dtype)
+    x, weight, codes = (_cast(t, rounded, operand) for t in (rows, head_weight, codebook))
+    bias, code_bias = (_cast(t, rounded) for t in (head_bias, codebook_bias))
+    out = x.new_empty(rows.shape[0], _padded(width, operand))
+    workspace = kl.new_empty(_C.vq_bottleneck_forward_workspace(num_channels, num_codes, width))
+    _C.vq_bottleneck_forward(out, kl, stats, x, weight, bias, codes, code_bias, workspace, *noise)
     return out[:, :width]
 
 
 def _backward_whole(rows, head_weight, head_bias, codebook, kl, stats, dout, dkl, noise, needs):
     (num_codes, num_channels), width = head_weight.shape, codebook.shape[0]
+    rounded, operand = rows.dtype, _operand(rows.dtype)
     chunk = chunk_rows(rows.shape[0], num_channels, num_codes, whole=True)
-    inputs = [_float(t, rows.dtype) for t in (rows, head_weight, head_bias, codebook)]
-    empty = inputs[0].new_empty
-    dx = empty(rows.shape[0], _padded(num_channels)) if needs[0] else None
-    dweight = empty(num_codes, _padded(num_channels)) if needs[1] else None
-    dbias = empty(num_codes) if needs[2] else None
-    dcodes = empty(width, _padded(num_codes)) if needs[3] else None
-    # an odd number of vectors apart: rows at one column would fall into the same sets of a cache
-    buffers = [empty(chunk, _padded(num_codes) + 16) for _ in range(2)]
-    workspace = empty((num_channels + width) * _padded(num_codes) + (num_codes + chunk) * _padded(num_channels))
-    upstream = (stats, kl, _float(dout), dkl)
-    _C.vq_bottleneck_backward(dx, dweight, dbias, dcodes, *inputs, *upstream, *buffers, workspace, *noise)
-    cut = lambda t, columns: None if t is None else t[:, :columns]  # noqa: E731
-    return cut(dx, num_channels), cut(dweight, num_channels), dbias, cut(dcodes, num_codes)
+    x, weight, codes, upstream = (_cast(t, rounded, operand) for t in (rows, head_weight, codebook, dout))
+    bias = _cast(head_bias, rounded)
+    dx = x.new_empty(rows.shape[0], _padded(num_channels, operand)) if needs[0] else None
+    dweight = kl.new_empty(_padded(num_codes), _padded(num_channels)) if needs[1] else None
+    dbias = kl.new_empty(num_codes) if needs[2] else None
+    dcodes = kl.new_empty(_padded(width), _padded(num_codes)) if needs[3] else None
+    workspace = kl.new_empty(_C.vq_bottleneck_backward_workspace(num_channels, num_codes, width, chunk))
+    inputs = (x, weight, bias, codes, stats, kl, upstream, dkl)
+    _C.vq_bottleneck_backward(dx, dweight, dbias, dcodes, *inputs, workspace, chunk, *noise)
+    cut = lambda t, rows, columns: None if t is None else t[:rows, :columns]  # noqa: E731
+    return (
+        cut(dx, rows.shape[0], num_channels),
+        cut(dweight, num_codes, num_channels),
+        dbias,
+        cut(dcodes, width, num_codes),
+    )
 
 
 # ---- the op
@@ -237,7 +253,7 @@ def _gradients(
         grads = run(rows, *inputs, *upstream, (tau, seed, offset, row_offset), needs)
     dx, *others = grads
     others.append(dout_rows.sum(0, dtype=torch.float32) if needs[4] else None)
-    others = (x.new_empty(0, dtype=torch.float32) if t is None else _float(t) for t in others)
+    others = (x.new_empty(0, dtype=torch.float32) if t is None else _cast(t) for t in others)
     return x.new_empty(0) if dx is None else _like(x, dx, x.dtype), *others
 
 
