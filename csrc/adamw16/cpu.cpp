@@ -41,10 +41,9 @@ DF_INLINE void update(const Update u, float* param, const G* grad, uint16_t* mea
   const VecF old_v = minifloat_decode<false>(load_h(variance, n));
   const VecF limit = splat(15.984375f);
   VecF m = splat(u.beta1) * old_m + splat(u.one_less_beta1) * g;
-  m = m > limit ? limit : m;  // comparisons with NaN are false: NaN stays
-  m = m < -limit ? -limit : m;
+  m = vmax(-limit, vmin(limit, m));  // NaN stays
   VecF v = splat(u.beta2) * old_v + splat(u.one_less_beta2) * g * g;
-  v = v > splat(u.variance_clip) ? splat(u.variance_clip) : v;
+  v = vmin(splat(u.variance_clip), v);
   store_h(mean, minifloat_encode<true>(m), n);
   store_h(variance, minifloat_encode<false>(v), n);
   const VecF denominator = vsqrt(v) * splat(u.inverse_root_correction) + splat(u.eps);

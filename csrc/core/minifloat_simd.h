@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
-// scalar/minifloat.h, kLanes at a time, at the default bias. Vectors of normal numbers take a short way; zeros,
-// subnormals, infinities and NaN the long one.
+// scalar/minifloat.h, kLanes at a time, at the default bias.
 #pragma once
 
 #include "../scalar/minifloat.h"
@@ -9,52 +8,39 @@
 namespace dalle_fast {
 namespace DF_CPU_NAMESPACE {
 
+// With e the exponent of |x|, but at least that of the least normal code: |x| 2^(kBits - e) plus a number of
+// [2^23, 2^24) rounds to an integer, ties to even. That number brings along the exponent code, so that the lowest bits
+// of the sum are the code, of subnormals too.
 template <bool kSigned>
-DF_INLINE VecH minifloat_encode_any(VecF x) {
-  constexpr int kBits = Minifloat<kSigned>::kBits;
-  constexpr int kShift = 23 - kBits;
-  constexpr uint32_t kInf = Minifloat<kSigned>::kInf;
+DF_INLINE VecH minifloat_encode(VecF x) {
+  constexpr int kBits = Minifloat<kSigned>::kBits, kShift = 23 - kBits;
+  constexpr uint32_t kLeast = 128 - kMinifloatBias;  // exponent of the least normal code in float32
   const VecU u = bit_cast<VecU>(x);
-  const VecU a = u & 0x7fffffffu;
-  const VecU rounded = (a + ((1u << (kShift - 1)) - 1u) + ((a >> kShift) & 1u)) >> kShift;
-  const VecU normal = rounded - (static_cast<uint32_t>(127 - kMinifloatBias) << kBits);
-  const VecF steps = bit_cast<VecF>(a) * splat(power_of_two(kBits + kMinifloatBias - 1));
-  const VecU tiny = bit_cast<VecU>(steps + splat(8388608.0f)) & 0x7fffffu;
-  const uint32_t first_normal = static_cast<uint32_t>(127 - kMinifloatBias + 1) << 23;
-  VecU code = (VecI)(a < first_normal) ? tiny : normal;
-  code = (VecI)(a >= first_normal) & (VecI)(normal > kInf) ? splat_u(kInf) : code;
-  if (!kSigned) code = (VecI)u < 0 ? splat_u(0u) : code;
-  const VecU nan = kInf | 1u << (kBits - 1) | (a & 0x7fffffu) >> kShift;
-  code = (VecI)(a > 0x7f800000u) ? nan : code;
-  if (kSigned) code |= u >> 31 << 15;
-  return __builtin_convertvector(code, VecH);
+  const VecF a = vmin(kSigned ? vabs(x) : vmax(x, splat(0.0f)), splat(power_of_two(63 - kMinifloatBias)));
+  const VecI own = bit_cast<VecI>(a) & 0x7f800000, least = splat_i(kLeast << 23);
+  const VecU exponent = (VecU)(own > least ? own : least);
+  const VecF scale = bit_cast<VecF>(splat_u((254u + kBits) << 23) - exponent);
+  const VecF base = bit_cast<VecF>((exponent >> kShift) + (0x4b000000u - (kLeast << kBits)));
+  VecU code = bit_cast<VecU>(a * scale + base);
+  const VecU nan = (u >> kShift & ((1u << kBits) - 1u)) | (Minifloat<kSigned>::kInf | 1u << (kBits - 1));
+  code = (VecI)(x != x) ? nan : code;
+  if (kSigned) code |= u >> 16 & 0x8000u;
+  return narrow(code);
 }
 
-template <bool kSigned>
-DF_INLINE VecF minifloat_decode_any(VecH h) {
-  constexpr int kBits = Minifloat<kSigned>::kBits;
-  const VecU all = __builtin_convertvector(h, VecU);
-  const VecU code = kSigned ? all & 0x7fffu : all;
-  const VecU sign = kSigned ? all >> 15 << 31 : VecU{};
-  const VecU exponent = code >> kBits, fraction = code & ((1u << kBits) - 1u);
-  const VecU normal = (exponent + static_cast<uint32_t>(127 - kMinifloatBias)) << 23 | fraction << (23 - kBits);
-  const VecF tiny = __builtin_convertvector((VecI)fraction, VecF) * splat(power_of_two(1 - kMinifloatBias - kBits));
-  VecU bits = (VecI)(exponent == 0u) ? bit_cast<VecU>(tiny) : normal;
-  bits = (VecI)(exponent == 63u) ? 0x7f800000u | fraction << (23 - kBits) : bits;
-  return bit_cast<VecF>(bits | sign);
-}
-
+// The code's bits with an exponent of float32 that makes Inf and NaN of those codes, times a power of two; that is
+// (1 + f) least / 2 where f least is right, for exponent code 0, and only there not the smaller of the two.
 template <bool kSigned>
 DF_INLINE VecF minifloat_decode(VecH h) {
-  constexpr int kBits = Minifloat<kSigned>::kBits;
-  const VecU all = __builtin_convertvector(h, VecU), code = kSigned ? all & 0x7fffu : all;
-  if (__builtin_expect(any((VecI)(code - (1u << kBits) >= Minifloat<kSigned>::kInf - (1u << kBits))), 0))
-    return minifloat_decode_any<kSigned>(h);
-  const VecU bits = (code << (23 - kBits)) + (static_cast<uint32_t>(127 - kMinifloatBias) << 23);
-  return bit_cast<VecF>(kSigned ? bits | all >> 15 << 31 : bits);
+  constexpr int kExponent = 255 - 63;
+  const VecU all = widen(h), code = kSigned ? all & 0x7fffu : all;
+  const VecF x = bit_cast<VecF>((code << (23 - Minifloat<kSigned>::kBits)) + (static_cast<uint32_t>(kExponent) << 23));
+  const float scale = power_of_two(127 - kMinifloatBias - kExponent), least = power_of_two(1 - kMinifloatBias);
+  const VecF value = vmin(x * splat(scale), x * splat(2.0f * scale) - splat(least));
+  return kSigned ? bit_cast<VecF>(bit_cast<VecU>(value) | (all << 16 & 0x80000000u)) : value;
 }
 
-// The code of x, which becomes the number of that code.
+// The code of x, which becomes the number of that code; a short way where all are normal numbers.
 template <bool kSigned>
 DF_INLINE VecH minifloat_round(VecF& x) {
   constexpr int kBits = Minifloat<kSigned>::kBits, kShift = 23 - kBits;
@@ -65,18 +51,13 @@ DF_INLINE VecH minifloat_round(VecF& x) {
   const VecU rounded = a + ((1u << (kShift - 1)) - 1u) + (a >> kShift & 1u);
   // as rounding may reach kFirst from below, a number just under it goes the short way too: to the same code
   if (__builtin_expect(any((VecI)(rounded - kFirst >= kBeyond - kFirst)), 0)) {
-    const VecH code = minifloat_encode_any<kSigned>(x);
-    x = minifloat_decode_any<kSigned>(code);
+    const VecH code = minifloat_encode<kSigned>(x);
+    x = minifloat_decode<kSigned>(code);
     return code;
   }
   x = bit_cast<VecF>((rounded & ~((1u << kShift) - 1u)) | sign);
   const VecU code = (rounded >> kShift) - (static_cast<uint32_t>(127 - kMinifloatBias) << kBits);
-  return __builtin_convertvector(code | sign >> 16, VecH);
-}
-
-template <bool kSigned>
-DF_INLINE VecH minifloat_encode(VecF x) {
-  return minifloat_round<kSigned>(x);
+  return narrow(code | sign >> 16);
 }
 
 DF_INLINE VecH load_h(const uint16_t* p, int n = kLanes) {

@@ -16,6 +16,15 @@ namespace DF_CPU_NAMESPACE {
 // Work below about this many elements is done sooner than a second thread wakes up.
 inline constexpr int64_t kSerialBelow = 8192;
 
+// How many threads a parallel loop gets.
+inline int max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 // f(i) for i in [0, n), in equal shares; `threads` = false keeps small work on the calling thread.
 template <typename F>
 static inline void parallel_for(int64_t n, F&& f, bool threads = true) {

@@ -62,8 +62,21 @@ template <typename V>
 DF_INLINE V select(VecI mask, V a, V b) {
   return mask ? a : b;
 }
-DF_INLINE VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
-DF_INLINE VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
+// The instructions by name where gcc would compare and blend. With NaN in either, the second operand.
+DF_INLINE VecF vmax(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+DF_INLINE VecF vmin(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 DF_INLINE bool any_greater(VecF a, VecF b) {  // in some lane; NaN is not greater
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
@@ -107,17 +120,34 @@ DF_INLINE VecF vsqrt(VecF a) {
 
 // ---- 16-bit floats
 
-DF_INLINE VecF from_bf16(VecH h) { return bit_cast<VecF>(__builtin_convertvector(h, VecU) << 16); }
+DF_INLINE VecU widen(VecH h) {
+#if defined(__AVX512F__)
+  return (VecU)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (VecU)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, VecU);
+#endif
+}
+DF_INLINE VecH narrow(VecU u) {  // the low halves
+#if defined(__AVX512F__)
+  return (VecH)_mm512_cvtepi32_epi16((__m512i)u);
+#else
+  return __builtin_convertvector(u, VecH);
+#endif
+}
+
+DF_INLINE VecF from_bf16(VecH h) { return bit_cast<VecF>(widen(h) << 16); }
 
 DF_INLINE VecH to_bf16(VecF x) {  // round to nearest even; NaN stays NaN
   const VecU u = bit_cast<VecU>(x);
   const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const VecI nan = x != x;
-  return __builtin_convertvector(nan ? splat_u(0x7fc0u) : rounded, VecH);
+  return narrow(nan ? splat_u(0x7fc0u) : rounded);
 }
 
 DF_INLINE VecF from_fp16(VecH h) {  // by integers: exact, subnormals, Inf and NaN included
-  const VecU u = __builtin_convertvector(h, VecU);
+  const VecU u = widen(h);
   const VecU sign = (u & 0x8000u) << 16;
   const VecU magnitude = (u & 0x7fffu) << 13;
   const VecU special = (VecU)(magnitude >= (0x7c00u << 13)) & (112u << 23);
@@ -137,7 +167,7 @@ DF_INLINE VecH to_fp16(VecF x) {  // round to nearest even, gradual underflow, o
   VecU r = (VecI)(a < 0x38800000u) ? tiny : normal;
   r = (VecI)(a >= 0x47800000u) ? splat_u(0x7c00u) : r;
   r = (VecI)(a > 0x7f800000u) ? splat_u(0x7e00u) : r;
-  return __builtin_convertvector(r | sign, VecH);
+  return narrow(r | sign);
 }
 
 // ---- loads and stores: any alignment; *_n touches only the first n lanes and zero-fills the rest
