@@ -42,12 +42,12 @@ class Row:
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64; NaN where both are is no error."""
+    """||actual - expected|| / ||expected|| in float64; where both are NaN or the same Inf there is no error."""
     actual, expected = (t.detach().to(torch.int32 if t.dtype == torch.uint16 else t.dtype) for t in (actual, expected))
     actual, expected = actual.double(), expected.double()
-    both = actual.isnan() & expected.isnan()
-    difference = torch.linalg.vector_norm((actual - expected).masked_fill(both, 0.0))
-    scale = torch.linalg.vector_norm(expected.masked_fill(both, 0.0))
+    same = (actual.isnan() & expected.isnan()) | (actual.isinf() & (actual == expected))
+    difference = torch.linalg.vector_norm((actual - expected).masked_fill(same, 0.0))
+    scale = torch.linalg.vector_norm(expected.masked_fill(same, 0.0))
     return float(difference / scale) if float(scale) else float(difference)
 
 
