@@ -6,7 +6,6 @@
 
 #include <cfloat>
 
-#include "../core/pages.h"
 #include "../core/parallel.h"
 #include "../core/philox_simd.h"
 #include "../core/simd.h"
@@ -277,7 +276,6 @@ void run_backward(const BackwardParams& p) {
 }  // namespace
 
 void forward(const Params& p) {
-  prefer_huge_pages(p.y, p.outer * p.num_codes * p.inner * (p.dtype == DType::kFloat32 ? 4 : 2));
   switch (p.dtype) {
     case DType::kBFloat16: return run<bf16>(p, false);
     case DType::kFloat16: return run<fp16>(p, false);
@@ -294,7 +292,6 @@ void argmax(const Params& p) {
 }
 
 void backward(const BackwardParams& p) {
-  prefer_huge_pages(p.dlogits, p.outer * p.num_codes * p.inner * (p.dtype == DType::kFloat32 ? 4 : 2));
   switch (p.dtype) {
     case DType::kBFloat16: return run_backward<bf16>(p);
     case DType::kFloat16: return run_backward<fp16>(p);

@@ -119,7 +119,6 @@ void forward(const ForwardParams& p) {
 
 void backward(const BackwardParams& p) {
   Workspace workspace{p.workspace};
-  prefer_huge_pages(p.workspace, 4 * backward_workspace(p.num_channels, p.num_codes, p.width, p.chunk_rows));
   const Packed head = workspace.take(p.num_channels, p.num_codes);
   const Packed codebook = workspace.take(p.width, p.num_codes);
   const Packed transposed = p.dx ? workspace.take(p.num_codes, p.num_channels) : Packed{};

@@ -10,7 +10,6 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../core/pages.h"
 #include "../core/parallel.h"
 #include "../core/philox_simd.h"
 #include "../core/simd.h"
