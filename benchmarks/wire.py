@@ -38,7 +38,7 @@ from benchmarks.wire_table import HEADER, describe, lines, merged
 from dalle_fast.bench.report import machine
 from dalle_fast.models import DALLE, DALLEConfig
 from dalle_fast.parallel import PowerSGD, powersgd_hook
-from dalle_fast.parallel.plan import Block, Load, plain_loads, powersgd_loads, ring_load, step_seconds
+from dalle_fast.plan import Block, Load, plain_loads, powersgd_loads, ring_load, step_seconds
 
 METHODS = ("DDP", "DDP fp16", "torch powerSGD_hook", "dalle_fast PowerSGD")
 PREFIX = "df-wire"

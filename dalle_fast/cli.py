@@ -235,7 +235,7 @@ def _plan(args: list[str]) -> None:
         "the meta device, timed by bytes over rate and a latency a message. Rates that you do not give are a data "
         "sheet's or assumed, not measured.",
     )
-    parser.add_argument("--preset", default="paper-12b", help="of the transformer")
+    parser.add_argument("--preset", default="paper-12b", help="of the transformer; dalle-12b is the same as paper-12b")
     parser.add_argument("--config", default="", help="TOML file of a transformer's run, in place of a preset")
     parser.add_argument("--gpus", type=int, required=True, help="in all machines")
     parser.add_argument("--link", required=True, help="rate of one machine's link to the others, such as 25Gbit")
@@ -250,13 +250,14 @@ def _plan(args: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="all numbers, in bytes and seconds")
     arguments = parser.parse_args(args)
     from .parallel.cluster import cluster_of
-    from .parallel.plan import plan
+    from .plan import plan
     from .presets import preset
     from .train import DALLETrainConfig, load_config
 
     names = ("gpus", "link", "gpus_per_node", "gpu", "intra", "latency", "compute", "memory")
     cluster = cluster_of(**{name: getattr(arguments, name) for name in names})
-    config = load_config(DALLETrainConfig, arguments.config) if arguments.config else preset("dalle", arguments.preset)
+    name = re.sub("^dalle-", "paper-", arguments.preset)
+    config = load_config(DALLETrainConfig, arguments.config) if arguments.config else preset("dalle", name)
     found = plan(config, cluster, rank=arguments.rank, batch=arguments.batch)
     print(json.dumps(found.as_dict(), indent=2) if arguments.json else found)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -189,5 +190,19 @@ def test_cpu_levels_can_be_chosen_and_are_clamped():
         assert _C.cpu_level() == 0
         _C.set_cpu_level(99)
         assert _C.cpu_level() == best
+        _C.set_cpu_level(2)  # there is none of that number
+        assert _C.cpu_level() == 0
     finally:
         _C.set_cpu_level(best)
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "amx", "sse9"])
+def test_the_environment_chooses_a_cpu_level(name):
+    script = "from dalle_fast.ops import _backend; print(_backend._C.cpu_level())"
+    environment = {**os.environ, "DALLE_FAST_CPU": name}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    if name == "sse9":
+        assert "DALLE_FAST_CPU: expected one of portable, avx2, avx512, bf16, amx, got 'sse9'" in done.stderr
+    else:
+        level = {"portable": 0, "avx2": 3, "amx": 6}[name]
+        assert done.stdout.strip() == str(min(level, _C.best_cpu_level())), done.stderr

@@ -281,19 +281,21 @@ def test_products_round_once_and_have_the_range_of_float16():
 # ---- sharded
 
 
-def _sharded(rank: int, file: str) -> None:
+def _sharded(group) -> tuple[dict[str, torch.Tensor], dict]:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    rank = group.rank()
     model = make()
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=dist.init_device_mesh("cpu", (2,)))
+        fully_shard(module, mesh=DeviceMesh.from_group(group, "cpu"))
     for module in model.modules():
         if isinstance(module, FSDPModule):  # sums: the loss is divided by the global batch
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    scaler = ResblockGradScaler(model.resblock_parameters(), 2, lambda flags: dist.all_reduce(flags, dist.ReduceOp.MAX))
+    scaler = ResblockGradScaler(
+        model.resblock_parameters(), 2, lambda flags: dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    )
     model.set_gradient_scales(scaler.scales)
     text, image = (t[rank : rank + 1] for t in data())
     (model.loss(text, image).loss / 2).backward()
@@ -304,15 +306,11 @@ def _sharded(rank: int, file: str) -> None:
         model.blocks[1].mlp_in.weight.grad.to_local()[0, 0] = float("inf")
     scaler.unscale_()
     scaler.update()
-    if rank == 0:
-        torch.save({"gradients": found, "state": scaler.state_dict()}, file + ".result")
-    dist.destroy_process_group()
+    return found, scaler.state_dict()
 
 
-def test_sharded_parameters_share_their_flags(tmp_path):
-    file = str(tmp_path / "group")
-    torch.multiprocessing.spawn(_sharded, (file,), 2)
-    result = torch.load(file + ".result")
+def test_sharded_parameters_share_their_flags(ranks):
+    (gradients, state), (_, other) = ranks.run(_sharded, world=2)
     model = make()
     scaler = ResblockGradScaler(model.resblock_parameters(), 2)
     model.set_gradient_scales(scaler.scales)
@@ -320,8 +318,8 @@ def test_sharded_parameters_share_their_flags(tmp_path):
     scaler.unscale_()
     for name, p in model.named_parameters():
         # each rank rounds its own sum over tokens
-        assert (p.grad - result["gradients"][name]).norm() <= 1e-3 * p.grad.norm(), name
-    assert result["state"]["exponents"] == [13001, 13001, 13001, 12500, 13001, 13001]
+        assert (p.grad - gradients[name]).norm() <= 1e-3 * p.grad.norm(), name
+    assert state["exponents"] == other["exponents"] == [13001, 13001, 13001, 12500, 13001, 13001]
 
 
 # ---- a network that no single scale can train

@@ -17,7 +17,7 @@ from dalle_fast.errors import ConfigError
 from dalle_fast.models import DALLE, DALLEConfig
 from dalle_fast.parallel import PowerSGD, attach_powersgd, compression_rate, powersgd_hook, shard_blocks
 from dalle_fast.parallel.cluster import cluster_of, parse_rate
-from dalle_fast.parallel.plan import (
+from dalle_fast.plan import (
     PAPER_RANKS,
     kept_bytes,
     plan,

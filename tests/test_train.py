@@ -76,6 +76,7 @@ save_config(config, run_dir / "config.toml", {kind!r})
 update = loop.update
 def dying_update():
     if loop.step == 7:
+        loop.writer.wait()  # step 5 is on the disk
         os.kill(os.getpid(), signal.SIGKILL)
     return update()
 loop.update = dying_update

@@ -64,6 +64,7 @@ CpuLevel best_cpu_level() {
 CpuLevel cpu_level() { return current().load(std::memory_order_relaxed); }
 
 void set_cpu_level(CpuLevel level) {
+  if (level < CpuLevel::kV3) level = CpuLevel::kPortable;  // there are none between
   current().store(level < best_cpu_level() ? level : best_cpu_level(), std::memory_order_relaxed);
 }
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 try:
@@ -12,6 +14,22 @@ except ImportError as error:  # no compiler when it was installed, or a binary f
     EXTENSION_ERROR: str | None = str(error)
 else:
     EXTENSION_ERROR = None
+
+CPU_LEVELS = {"portable": 0, "avx2": 3, "avx512": 4, "bf16": 5, "amx": 6}
+
+
+def _take_cpu_level() -> None:
+    """DALLE_FAST_CPU=avx2 and the like, for tests: no more than that level, though the processor has more."""
+    name = os.environ.get("DALLE_FAST_CPU")
+    if not name:
+        return
+    if name not in CPU_LEVELS:
+        raise ValueError(f"DALLE_FAST_CPU: expected one of {', '.join(CPU_LEVELS)}, got {name!r}")
+    if _C is not None:
+        _C.set_cpu_level(CPU_LEVELS[name])
+
+
+_take_cpu_level()
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 

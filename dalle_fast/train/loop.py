@@ -180,9 +180,10 @@ class Loop:
         here = [self._signal == signal.SIGINT, self._signal == signal.SIGTERM, self.writer.failed]
         here += [recipe.examined, len(recipe.replaced)]
         recipe.examined = 0
-        numbers = torch.cat([torch.stack(list(sums.values())), torch.tensor(here, dtype=torch.float64).to(norm.device)])
-        self.world.sum(numbers)
-        *means, interrupt, terminate, failed, examined, replaced, norm = [*numbers.tolist(), float(norm)]
+        values = torch.stack(list(sums.values()))
+        numbers = self.world.sum(torch.cat([values, torch.tensor(here, dtype=values.dtype).to(values.device)]))
+        numbers = torch.cat([numbers, norm.to(numbers).reshape(1)]).tolist()  # the one wait for the device
+        *means, interrupt, terminate, failed, examined, replaced, grad_norm = numbers
         self._stop = signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
         if failed:
             self.writer.wait()  # raises where it failed
@@ -190,7 +191,10 @@ class Loop:
         self.window.examined += int(examined)
         self.window.replaced += int(replaced)
         self._unlisted = bool(replaced)
-        return {**{name: mean / self.world.size for name, mean in zip(sums, means, strict=True)}, "grad_norm": norm}
+        return {
+            **{name: mean / self.world.size for name, mean in zip(sums, means, strict=True)},
+            "grad_norm": grad_norm,
+        }
 
     @torch.no_grad()
     def _average(self) -> None:

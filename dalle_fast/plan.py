@@ -20,16 +20,16 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import ConfigError
-from ..estimate import forward_flops
-from ..models import DALLE
-from ..ops.linear_cross_entropy.op import default_chunk_rows
-from ..train import DALLETrainConfig
-from .cluster import Cluster
-from .matrices import KEEP, SPLIT, Sizes, clean_name, count_sizes, matrix_shapes
-from .powersgd import LARGE
-from .shard import shard_placement
-from .wire import chosen_mode, ring_bytes, wire_bytes
+from .errors import ConfigError
+from .estimate import forward_flops
+from .models import DALLE
+from .ops.linear_cross_entropy.op import default_chunk_rows
+from .parallel.cluster import Cluster
+from .parallel.matrices import KEEP, SPLIT, Sizes, clean_name, count_sizes, matrix_shapes
+from .parallel.powersgd import LARGE
+from .parallel.shard import shard_placement
+from .parallel.wire import chosen_mode, ring_bytes, wire_bytes
+from .train import DALLETrainConfig
 
 PAPER_RANKS = {1920: 512, 2688: 640, 3968: 896}
 """Total rank by width (paper, table 1): the smallest that left no gap in the training loss."""
