@@ -23,6 +23,7 @@ from dalle_fast.data import sample_indices
 from dalle_fast.errors import CheckpointError, ConfigError, DataError, UserError
 from dalle_fast.models import store
 from dalle_fast.train import Interrupted, run
+from dalle_fast.train.dalle import DALLERecipe
 from dalle_fast.train.loop import Loop
 from dalle_fast.train.run import build, join, save_config
 
@@ -200,6 +201,42 @@ def test_a_signal_to_one_rank_stops_all_and_saves(tmp_path, pool, dvae, rank):
     pool.run(train, config, tmp_path / "cut", world=4)
     pool.run(train, config, tmp_path / "whole", world=4)
     assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
+
+
+def train_slowly_written(_, config, run_dir: Path, poisoned: int) -> tuple[str, list[str]]:
+    """As `train`, where a save takes its time and rank 1 is stopped before update 4, or its loss is NaN from one on;
+    also, the checkpoints that are there when this rank ends."""
+    update, loss = Loop.update, DALLERecipe.loss
+
+    def signalled(loop):
+        if loop.step == 4 and not poisoned and loop.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(loop)
+
+    def spoiled(recipe, inputs, rows, step):
+        value, metrics = loss(recipe, inputs, rows, step)
+        return (value * float("nan") if poisoned and step >= poisoned else value), metrics
+
+    Loop.update, DALLERecipe.loss = signalled, spoiled
+    try:
+        run(config, run_dir, quiet=True, on_phase=lambda phase: time.sleep(0.5) if phase == "manifest" else None)
+        found = ""
+    except (UserError, Interrupted) as error:
+        found = type(error).__name__
+    finally:
+        Loop.update, DALLERecipe.loss = update, loss
+    return found, sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_no_rank_ends_before_its_checkpoint_is_there(tmp_path, pool, dvae, shard):
+    config = configured("dalle", 8, dvae, shard=shard, save_every=3, max_skipped=0)
+    stopped = pool.run(train_slowly_written, config, tmp_path / "stopped", 0, world=2)
+    assert stopped == [("Interrupted", ["latest", "step-00000003", "step-00000005"])] * 2
+    # the update after a save stops the run
+    failed = pool.run(train_slowly_written, config, tmp_path / "failed", 3, world=2)
+    assert [error for error, _ in failed] == ["TrainingError"] * 2
+    assert failed[0][1] == ["latest", "step-00000003"]
 
 
 def test_the_mean_of_error_buffers_is_stored_once_and_spreads(tmp_path, pool, dvae):

@@ -87,12 +87,16 @@ class CheckpointWriter:
         Raises:
             CheckpointError: it could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.close()
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def close(self) -> None:
+        """Returns when nothing is being written, whatever became of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _in_parts(self, parent: Path, name: str, files: dict[str, Any]) -> Callable[[], None]:
         tensors = {file: value for file, value in files.items() if _is_pieces(value)}

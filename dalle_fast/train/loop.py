@@ -310,6 +310,7 @@ class Loop:
         started = time.monotonic()
         with contextlib.ExitStack() as stack:
             self.world.first(lambda: stack.enter_context(_lock(self.run_dir)))
+            stack.callback(self.writer.close)  # a run that fails leaves nobody writing in its folder
             stack.enter_context(self._signals())
             stack.enter_context(torch.random.fork_rng(devices=[]))
             resumed = self.resume(lambda text: None if self.quiet else print(text, flush=True))
@@ -358,12 +359,16 @@ class Loop:
                 self.save()
                 saved_at = self.step
             if self._stop:
-                self.writer.wait()
+                self._finish_save()
                 raise Interrupted(self._stop, self.run_dir, self.step)
         if saved_at != self.step:
             self.save()
-        self.writer.wait()
+        self._finish_save()
         return self.run_dir / "checkpoints" / f"step-{self.step:08d}"
+
+    def _finish_save(self) -> None:
+        """Returns when the checkpoint is there, in all ranks: torchrun soon kills the others where one has ended."""
+        self.world.each(self.writer.wait)
 
     def _list_replaced(self) -> None:
         """Writes what could not be read to replaced.jsonl; stops the run when it is too much."""
