@@ -8,7 +8,6 @@ optimizer and loop state, and the log without its clock. The seed is printed; th
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import io
@@ -23,135 +22,51 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from PIL import Image
-from test_train import configured, final_state, log_of
-from tiny import dvae_config, small_system
+from test_train import final_state, log_of
+from tiny import dvae_config
+from torture_base import SAVE_EVERY, STEPS, Child, dying_at, train
+from torture_groups import Groups
 
-from dalle_fast.errors import UserError
 from dalle_fast.models import store
-from dalle_fast.train import run
 from dalle_fast.train.loop import Loop
-from dalle_fast.train.run import build, save_config
+from dalle_fast.train.run import build
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("dvae", "clip", "dalle")
-STEPS, SAVE_EVERY = 40, 7
 
 
-class Child:
-    """A forked process that runs a function; its output goes to a file."""
+def multiply_loss(loop: Loop, steps: set[int], value: float) -> None:
+    """Multiplies the loss of some steps."""
+    loss = loop.recipe.loss
 
-    def __init__(self, function: Callable[[], object], log: Path) -> None:
-        self.log = log
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid:
-            return
-        code = 1
-        try:
-            with open(log, "w") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            function()
-            code = 0
-        except BaseException as error:
-            traceback.print_exc()
-            number = getattr(error, "signal_number", None)
-            code = 2 if isinstance(error, UserError) else 128 + number if number else 1
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
+    def spoiled(inputs, rows, step):
+        result, metrics = loss(inputs, rows, step)
+        return (result * value if step in steps else result), metrics
 
-    def wait(self) -> int:
-        """Exit code; minus the signal's number where one ended it."""
-        _, status = os.waitpid(self.pid, 0)
-        return os.waitstatus_to_exitcode(status)
-
-    def kill(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+    loop.recipe.loss = spoiled
 
 
-def train(config, run_dir: Path, on_phase: Callable[[str], None] | None = None) -> Callable[[], object]:
-    """A function that trains, or goes on, in a child."""
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        run(config, run_dir, on_phase=on_phase)
-
-    return start
+def all_finite(run_dir: Path) -> bool:
+    """Whether every number of every checkpoint is."""
+    files = (run_dir / "checkpoints").glob("step-*/*.safetensors")
+    tensors = (t for file in files for t in store.read_tensors(file).values() if t.is_floating_point())
+    return all(bool(t.isfinite().all()) for t in tensors)
 
 
-def dying_at(count: int) -> Callable[[str], None]:
-    """Kills its process at the count-th phase of its saves."""
-    left = [count]
-
-    def phase(_: str) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return phase
-
-
-class Torture:
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random = folder, random.Random(seed)
-        small_system(folder / "base")
-        self.dvae = folder / "base" / "dvae"
-        self.rows: list[dict] = []
-        self.whole: dict[str, tuple[dict, list, float]] = {}
-
-    def config(self, kind: str):
-        return configured(kind, STEPS, self.dvae, save_every=SAVE_EVERY, sample_every=10)
-
-    def undisturbed(self, kind: str) -> tuple[dict, list, float]:
-        """(files, log, seconds) of the run that nobody disturbs."""
-        if kind not in self.whole:
-            run_dir = self.folder / f"whole-{kind}"
-            begin = time.monotonic()
-            child = Child(train(self.config(kind), run_dir), self.folder / "whole.log")
-            if child.wait():
-                raise RuntimeError(child.log.read_text())
-            self.whole[kind] = final_state(run_dir), log_of(run_dir), time.monotonic() - begin
-        return self.whole[kind]
-
-    def check(self, kind: str, run_dir: Path) -> str:
-        """Empty, or what differs from the undisturbed run."""
-        files, log, _ = self.undisturbed(kind)
-        found = final_state(run_dir)
-        wrong = sorted(name for name in files if found.get(name) != files[name])
-        if log_of(run_dir) != log:
-            wrong.append("metrics.jsonl")
-        return ", ".join(wrong)
-
-    @contextlib.contextmanager
-    def place(self) -> Iterator[Path]:
-        path = Path(tempfile.mkdtemp(dir=self.folder))
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
-    def note(self, what: str, good: int, of: int, detail: str, problems: list[str]) -> None:
-        self.rows.append({"what": what, "good": good, "of": of, "detail": detail, "problems": problems})
-        print(f"{what}: {good} of {of}; {detail}", flush=True)
-        for problem in problems[:5]:
-            print(f"    {problem}", flush=True)
+class Torture(Groups):
+    """Of one process."""
 
     # ---- kills
 
     def kills(self, kind: str, count: int, inside: int) -> None:
         """kill -9 at a random moment of the run, or at a random phase of a save; then the same command again."""
-        _, _, seconds = self.undisturbed(kind)
+        seconds = self.undisturbed(kind).seconds
         good, problems, landed = 0, [], 0
         for i in range(count):
             with self.place() as run_dir:
@@ -175,12 +90,14 @@ class Torture:
 
     def terminations(self, kind: str, count: int) -> None:
         """SIGTERM or SIGINT at a random moment, sampling and evaluation included: saved, exit code, bit-equal after."""
-        _, _, seconds = self.undisturbed(kind)
+        seconds = self.undisturbed(kind).seconds
         good, problems, cut = 0, [], 0
         for i in range(count):
             with self.place() as run_dir:
                 child = Child(train(self.config(kind), run_dir), run_dir / "log")
-                while not (run_dir / "metrics.jsonl").exists():  # the loop owns the signals from here on
+                while (
+                    child.poll() is None and not (run_dir / "metrics.jsonl").exists()
+                ):  # the loop owns the signals from here on
                     time.sleep(0.005)
                 number = self.random.choice((signal.SIGTERM, signal.SIGINT))
                 time.sleep(self.random.uniform(0, 0.8 * seconds))
@@ -203,6 +120,39 @@ class Torture:
         self.note(
             f"SIGTERM, SIGINT, {kind}", good, count, f"{cut} cut, exit 143 or 130; bit-equal after resume", problems
         )
+
+    def looking(self, what: str, count: int) -> None:
+        """SIGTERM or SIGINT inside "evaluate" or "pictures": saved at that step, exit code, bit-equal after."""
+        good, problems = 0, []
+        for i in range(count):
+            with self.place() as run_dir:
+                number = self.random.choice((signal.SIGTERM, signal.SIGINT))
+                look = self.random.randrange(1, STEPS // 10 + 1)  # sampled every 10 steps
+
+                def signalled(loop: Loop, number=number, look=look) -> None:
+                    before = getattr(loop.recipe, what)
+
+                    def wrapped():
+                        if loop.step == 10 * look:
+                            os.kill(os.getpid(), number)
+                        return before()
+
+                    setattr(loop.recipe, what, wrapped)
+
+                child = Child(train(self.config("dalle"), run_dir, change=signalled), run_dir / "log")
+                code = child.wait()
+                saved = store.find_latest(run_dir)
+                wrong = "" if code == 128 + number else f"exit {code}"
+                if saved is None or saved.name != f"step-{10 * look:08d}":
+                    wrong = wrong or f"saved {saved} at step {10 * look}"
+                again = Child(train(self.config("dalle"), run_dir), run_dir / "log")
+                wrong = wrong or (
+                    f"exit {code} after resume" if (code := again.wait()) else self.check("dalle", run_dir)
+                )
+                good += not wrong
+                if wrong:
+                    problems.append(f"signal {number} in look {look} of run {i}: {wrong}")
+        self.note(f"signal inside {what}", good, count, "saved there, exit 143 or 130; bit-equal after", problems)
 
     # ---- damage
 
@@ -311,30 +261,13 @@ class Torture:
             with self.place() as run_dir:
                 steps = set(self.random.sample(range(STEPS), 5))
                 value = self.random.choice((float("nan"), float("inf")))
-                config = self.config("dalle")
 
-                def start(config=config, run_dir=run_dir, steps=steps, value=value) -> None:
-                    torch.set_num_threads(1)
-                    recipe = build(config, self.folder / "base" / "x")
-                    loop = Loop(recipe, run_dir, quiet=True)
-                    save_config(config, run_dir / "config.toml", "dalle")
-                    loss = recipe.loss
+                def spoil(loop: Loop, steps=steps, value=value) -> None:
+                    multiply_loss(loop, steps, value)
 
-                    def spoiled(inputs, rows, step):
-                        result, metrics = loss(inputs, rows, step)
-                        return (result * value if step in steps else result), metrics
-
-                    recipe.loss = spoiled
-                    loop.run()
-
-                child = Child(start, run_dir / "log")
+                child = Child(train(self.config("dalle"), run_dir, change=spoil), run_dir / "log")
                 code = child.wait()
-                finite = code == 0
-                for folder in (run_dir / "checkpoints").glob("step-*"):
-                    for file in folder.glob("*.safetensors"):
-                        finite &= all(
-                            bool(t.isfinite().all()) for t in store.read_tensors(file).values() if t.is_floating_point()
-                        )
+                finite = code == 0 and all_finite(run_dir)
                 skipped = sum(line.get("skipped", 0) for line in log_of(run_dir)) if code == 0 else 0
                 fine = finite and skipped == len(steps)
                 good += fine
@@ -343,6 +276,40 @@ class Torture:
                         f"run {i}: exit {code}, {skipped} skipped of {len(steps)}: {child.log.read_text()[-300:]}"
                     )
         self.note("NaN or Inf in the loss", good, count, "five updates skipped each, checkpoints finite", problems)
+
+    def spikes(self, count: int) -> None:
+        """The loss is 10,000 times what it should be at random steps: clipped, logged, and forgotten."""
+        good, problems = 0, []
+        config = self.config("dalle", log_every=1)
+        with self.place() as run_dir:
+            whole = Child(train(config, run_dir), run_dir / "log")
+            whole.wait()
+            calm = [line for line in log_of(run_dir) if "loss" in line]
+        for i in range(count):
+            with self.place() as run_dir:
+                steps = set(self.random.sample(range(STEPS // 2), 3))
+
+                def spoil(loop: Loop, steps=steps) -> None:
+                    multiply_loss(loop, steps, 1e4)
+
+                child = Child(train(config, run_dir, change=spoil), run_dir / "log")
+                if code := child.wait():
+                    problems.append(f"run {i}: exit {code}: {child.log.read_text()[-300:]}")
+                    continue
+                lines = [line for line in log_of(run_dir) if "loss" in line]
+                wrong = [] if all_finite(run_dir) else ["not finite"]
+                for line, expected in zip(lines, calm, strict=True):
+                    ratio = line["grad_norm"] / expected["grad_norm"]
+                    if not (1e3 < ratio < 1e5 if line["step"] - 1 in steps else 0.1 < ratio < 10):
+                        wrong.append(f"grad_norm {line['grad_norm']:.3g} at step {line['step']}")
+                ratio = lines[-1]["loss"] / calm[-1]["loss"]
+                if not 0.9 < ratio < 1.1:
+                    wrong.append(f"final loss {ratio:.3f} of the undisturbed one")
+                good += not wrong
+                if wrong:
+                    problems.append(f"run {i}, steps {sorted(steps)}: {', '.join(wrong)}")
+        detail = "three of 10,000 times the loss each: norms logged, weights finite, final loss within 10 %"
+        self.note("loss spike", good, count, detail, problems)
 
     def rivals(self, count: int) -> None:
         """Two trainers in one folder: one is refused in words, the other ends as ever."""
@@ -399,6 +366,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="of each stage, a fifth of them inside a save")
     parser.add_argument("--signals", type=int, default=50, help="SIGTERM and SIGINT")
     parser.add_argument("--damages", type=int, default=200, help="damaged checkpoints")
+    parser.add_argument(
+        "--groups", type=int, default=20, help="kills in runs of several processes; half as many signals"
+    )
     parser.add_argument("--soak", type=int, default=10_000, help="updates")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -412,10 +382,17 @@ def main() -> int:
             torture.kills(kind, options.kills, max(1, options.kills // 5))
         torture.terminations("dvae", options.signals // 2)
         torture.terminations("dalle", options.signals - options.signals // 2)
+        for what in ("evaluate", "pictures"):
+            torture.looking(what, max(1, options.signals // 10))
+        if options.groups:
+            torture.group_kills(options.groups)
+            torture.group_terminations(max(1, options.groups // 2))
+            torture.chains(max(1, options.groups // 6))
         torture.damages(options.damages)
         torture.full_disk(max(1, options.damages // 40))
         torture.corrupt_data()
         torture.poisoned(max(1, options.signals // 10))
+        torture.spikes(max(1, options.signals // 10))
         torture.rivals(max(1, options.signals // 10))
         if options.soak:
             torture.soak(options.soak)
