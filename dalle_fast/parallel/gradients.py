@@ -27,8 +27,8 @@ def shard_model(world: World, model: nn.Module, blocks: Sequence[nn.Module]) -> 
 
     Args:
         world: says how many shards; with one nothing is done.
-        model: changed in place. Its methods "loss", "prefill" and "decode", and "prefill" and "step" of the blocks,
-            gather parameters as `forward` does.
+        model: changed in place. Its methods "prefill" and "decode", and "prefill" and "step" of the blocks, gather
+            parameters as `forward` does; what forward has gathered of the model itself stays for the loss.
         blocks: gathered and dropped one by one, in their order.
     """
     if world.num_shards == 1:
@@ -37,7 +37,7 @@ def shard_model(world: World, model: nn.Module, blocks: Sequence[nn.Module]) -> 
     for i, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 2])
         block.set_modules_to_backward_prefetch(blocks[max(i - 1, 0) : i])
-    for module, names in [(model, ("loss", "prefill", "decode")), *((block, ("prefill", "step")) for block in blocks)]:
+    for module, names in [(model, ("prefill", "decode")), *((block, ("prefill", "step")) for block in blocks)]:
         for name in names:
             register_fsdp_forward_method(module, name)
 
@@ -104,9 +104,8 @@ class Gradients:
             else:
                 self._ddp.register_comm_hook(self.powersgd, powersgd_hook)
         elif sharded and world.num_replicas > 1:
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_all_reduce_hook(self._average)
+            for module in self._sharded_modules():
+                module.set_all_reduce_hook(self._average)
 
     def _average(self, reduced: torch.Tensor) -> None:
         """Over the replicas, of gradients that the shards of this one have averaged."""
@@ -175,11 +174,31 @@ class Gradients:
     def _local_gradients(self) -> list[torch.Tensor]:
         return [local_part(p.grad) for p in self.parameters if p.grad is not None]
 
+    def gather(self) -> bool:
+        """Whether this rank has all parameters whole until `reshard`: gathers them if all ranks have the memory."""
+        modules = self._sharded_modules()
+        if not modules:
+            return True
+        fits = True
+        device = local_part(self.parameters[0]).device
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            fits = sum(p.numel() * p.element_size() for p in self.parameters) < 0.8 * free
+        if not all(self.world.gather(fits)):
+            return False
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        return True
+
     def reshard(self) -> None:
-        """Drops gathered parameters, which a pass without gradients leaves behind."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        """Drops what `gather`, or a pass without gradients, has gathered."""
+        for module in self._sharded_modules():
+            module.set_reshard_after_forward(module is not self.model, recurse=False)
+            module.reshard()
+
+    def _sharded_modules(self) -> list[FSDPModule]:
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
 
 
 class _Loss(nn.Module):

@@ -221,16 +221,15 @@ class Loop:
     def averaged(self) -> Iterator[None]:
         """The model with its averaged weights, in eval mode, for the time of the block."""
         self.model.eval()
-        if self.ema is None:
-            yield
-            return
-        weights, averages = ([local_part(t.detach()) for t in ts] for ts in (self.parameters, self.ema))
-        kept = [w.clone() for w in weights]
-        torch._foreach_copy_(weights, averages)
+        weights = [local_part(p.detach()) for p in self.parameters]
+        kept = [] if self.ema is None else [w.clone() for w in weights]
+        if self.ema is not None:
+            torch._foreach_copy_(weights, [local_part(average) for average in self.ema])
         try:
             yield
         finally:
-            torch._foreach_copy_(weights, kept)
+            if self.ema is not None:
+                torch._foreach_copy_(weights, kept)
             self.gradients.reshard()
 
     # ---- checkpoints
@@ -401,12 +400,21 @@ class Loop:
         board.scalars(values, self.step)
 
     def _look(self, log: MetricsLog | None, meter: Meter, board: _Board | None) -> None:
-        """Held-out metrics and pictures with averaged weights; by the first rank, or by all that share parameters."""
+        """Held-out metrics and pictures with averaged weights, by the first rank.
+
+        Of a sharded model that no rank can hold whole all ranks compute the metrics, and nobody draws pictures: each
+        token of one would gather all parameters.
+        """
         if log is None and self.world.num_shards == 1:
             return
+        picture = None
         with torch.no_grad(), self.averaged():
+            whole = self.gradients.gather()
+            if whole and log is None:
+                return
             values = {f"eval/{name}": value for name, value in self.recipe.evaluate().items()}
-            picture = self.recipe.pictures()
+            if whole:
+                picture = self.recipe.pictures()
         if log is None or board is None:
             return
         if values:
