@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..ops.adamw16 import adamw16
+from .shards import local_part
 
 _CODES = ("mean", "variance")
 
@@ -165,10 +166,10 @@ class AdamW16(torch.optim.Optimizer):
     ) -> None:
         states = [self.state[p] for p in params]
         adamw16(
-            [_local(p) for p in params],
-            [_local(p.grad) for p in params],
-            *([_local(s[name]) for s in states] for name in _CODES),
-            [_local(s["ema"]) for s in states if "ema" in s],
+            [local_part(p) for p in params],
+            [local_part(p.grad) for p in params],
+            *([local_part(s[name]) for s in states] for name in _CODES),
+            [local_part(s["ema"]) for s in states if "ema" in s],
             step=step,
             lr=lr,
             betas=group["betas"],
@@ -210,11 +211,6 @@ class AdamW16(torch.optim.Optimizer):
                 else:  # codes and averages in the parameter's memory order, whatever the file had
                     kept = torch.empty_like(p, dtype=value.dtype).copy_(value.detach())
                 self.state[p][name] = kept
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a DTensor: the update of a number depends on nothing but its own state."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _as_tensor(lr: float | torch.Tensor, group: dict[str, Any]) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .shards import local_part
+
 # Scales in steps of 2^(1/1000), counted from M, the number of data-parallel replicas (appendix D).
 STEPS_PER_OCTAVE = 1000
 INITIAL = 13 * STEPS_PER_OCTAVE
@@ -92,7 +94,7 @@ class ResblockGradScaler:
         """Divides the gradients of each resblock by its scale, in place, and sets the flags. Once per update."""
         self.flags.zero_()
         for i, parameters in enumerate(self._resblocks):
-            grads = [_local(p.grad) for p in parameters if p.grad is not None]
+            grads = [local_part(p.grad) for p in parameters if p.grad is not None]
             if grads:
                 torch._amp_foreach_non_finite_check_and_unscale_(
                     grads, self.flags[i : i + 1], self.inverse_scales[i : i + 1]
@@ -133,8 +135,3 @@ class ResblockGradScaler:
                 raise ValueError(f"state: expected {count} values in {name!r}, got {len(values)}")
             tensor.copy_(torch.tensor(values, dtype=torch.int32))
         self._set_scales()
-
-
-def _local(grad: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a gradient."""
-    return grad.to_local() if hasattr(grad, "to_local") else grad

@@ -15,8 +15,9 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from ..optim.gradient_scale import ResblockGradScaler
+from ..optim.shards import local_part
 from .hooks import attach_powersgd, powersgd_hook
-from .matrices import clean_name, local_part
+from .matrices import clean_name
 from .powersgd import PowerSGD
 from .shard import shard_blocks
 from .world import World
@@ -49,7 +50,7 @@ class Gradients:
         world: the ranks.
         model: its parameters; of a sharded model, after `shard_model`.
         loss: called with the arguments of `backward`; returns the mean loss over this rank's samples, and anything.
-        scaler: the scales that gradients carry.
+        scaler: the scales that gradients carry; of a sharded model it shares flags with the other shards.
         powersgd_rank: rank of the factors that gradients cross machines as; 0 sends them whole.
         clip_norm: largest global norm of the gradients; 0 is no clipping.
         seed: of PowerSGD's factors.
@@ -145,8 +146,6 @@ class Gradients:
             return
         if self.powersgd is None:
             self.scaler.unscale_()
-            if self.world.num_shards > 1:
-                dist.all_reduce(self.scaler.flags, dist.ReduceOp.MAX, group=self.world.shards)
             return
         bad = self.powersgd.nonfinite  # scales were removed on the way into the error buffers
         flags = [float(any(name in bad for name in names)) for names in self._resblocks]

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ..ops import minifloat_encode
 from ..ops.philox import uniform
+from ..optim.shards import local_part
 
 KEEP = ("*embed*", "*position*", "*pad", "*head.weight")
 SPLIT = {"*qkv.weight": 3, "*in_proj_weight": 3}
@@ -76,11 +77,6 @@ class Entry:
     error: torch.Tensor | None = None
     """uint16, shape of the local part of the parameter: 1-6-9 codes."""
     matrices: list[Matrix] = field(default_factory=list)
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a DTensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

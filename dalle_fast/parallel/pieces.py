@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor, Shard
 
 from ..errors import CheckpointError
-from .matrices import local_part, sharded_like
+from ..optim.shards import local_part
+from .matrices import sharded_like
 from .world import World
 
 _DTYPES = {

@@ -25,8 +25,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ..ops import minifloat_decode, orthonormalize, powersgd_project, powersgd_reconstruct
+from ..optim.shards import local_part
 from .blocks import Block, Plain, Verdict
-from .matrices import KEEP, SPLIT, Entry, Sizes, clean_name, count_sizes, local_part, make_entry, sharded_like
+from .matrices import KEEP, SPLIT, Entry, Sizes, clean_name, count_sizes, make_entry, sharded_like
 from .wire import Traffic, all_reduce_codes, averaging, flatten_codes, ring_bytes
 
 LARGE = 1 << 16  # uncompressed gradients of so many numbers leave with their block, smaller ones together at the end

@@ -53,9 +53,10 @@ class CheckpointWriter:
         parent = self.run_dir / "checkpoints"
         in_parts = self.world.num_shards > 1
         if in_parts:
-            work: Callable[[], None] | None = self._in_parts(parent, name, {k: _taken(v) for k, v in files.items()})
+            taken = {file: _frozen(value, pieces.take_piece) for file, value in files.items()}
+            work: Callable[[], None] | None = self._in_parts(parent, name, taken)
         elif self.world.is_first:
-            copies = {k: _copied(v) for k, v in files.items()}
+            copies = {k: _frozen(v, lambda t: pieces.take_piece(t).data) for k, v in files.items()}
             work = lambda: store.save_snapshot(parent, name, copies, self.phase)  # noqa: E731
         else:
             work = None
@@ -107,45 +108,40 @@ class CheckpointWriter:
                 for file, value in tensors.items():
                     pieces.fill(aside / file, value)
 
+        def reserve() -> None:
+            for file, value in files.items():
+                self.phase(f"write {file}")
+                if file in tensors:
+                    pieces.reserve(aside / file, value)
+                else:
+                    store.write_atomic(aside / file, value)
+
         def first() -> None:
-            with store.writing(parent, name, self.phase) as (folder, entries):
-                error = None
-                try:
-                    for file, value in files.items():
-                        self.phase(f"write {file}")
-                        if file in tensors:
-                            pieces.reserve(folder / file, value)
-                        else:
-                            store.write_atomic(folder / file, store.serialize(value))
-                except OSError as failure:
-                    error = failure
-                self._meet(error)
+            with store.writing(parent, name, self.phase) as (_, entries):
+                self._together(reserve)
                 self._together(fill)
                 for file in files:
-                    path = folder / file
+                    path = aside / file
                     entries[file] = {"size": path.stat().st_size, "sha256": store.file_hash(path)}
 
         def other() -> None:
-            self._meet(None)
+            self._together(lambda: None)
             self._together(fill)
 
         return first if self.world.is_first else other
 
     def _together(self, function: Callable[[], None]) -> None:
-        error = None
+        """Calls it and waits for all ranks; an OSError of any is raised in all."""
+        mine: OSError | None = None
         try:
             function()
-        except OSError as failure:
-            error = failure
-        self._meet(error)
-
-    def _meet(self, error: OSError | None) -> None:
-        """Waits for all ranks; raises the first OSError of any in all."""
+        except OSError as error:
+            mine = error
         errors: list = [None] * self.world.size
-        dist.all_gather_object(errors, error, group=self.world.saving)
-        for found in errors:
-            if found is not None:
-                raise found
+        dist.all_gather_object(errors, mine, group=self.world.saving)
+        for error in errors:
+            if error is not None:
+                raise error
 
 
 def _is_tensors(value: Any) -> bool:
@@ -156,16 +152,9 @@ def _is_pieces(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, pieces.Piece) for v in value.values())
 
 
-def _taken(value: Any) -> Any:
-    """A copy that training does not change any more, of this rank's parts of tensors."""
-    return {name: pieces.take_piece(t) for name, t in value.items()} if _is_tensors(value) else store.serialize(value)
-
-
-def _copied(value: Any) -> Any:
-    """A copy that training does not change any more."""
-    if not _is_tensors(value):
-        return store.serialize(value)
-    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in value.items()}
+def _frozen(value: Any, take: Callable[[torch.Tensor], Any]) -> Any:
+    """A copy that training does not change any more: of each tensor what `take` gives, bytes of anything else."""
+    return {name: take(t) for name, t in value.items()} if _is_tensors(value) else store.serialize(value)
 
 
 def find(world: World, run_dir: Path, say: Callable[[str], None]) -> Path | None:

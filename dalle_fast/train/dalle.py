@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from ..data import PairDataset, Tokenizer, load_batch, sample_indices
+from ..data import PairDataset, Tokenizer, load_batch
 from ..errors import CheckpointError, ConfigError
 from ..models import DALLE, DVAE, DALLEConfig
 from ..models.store import find_latest, load_model, read_json
@@ -116,7 +117,14 @@ class DALLERecipe(Recipe):
     def gradient_scaler(self) -> ResblockGradScaler | None:
         if self.loop.precision != "fp16-resblock":
             return None
-        scaler = ResblockGradScaler(self.model.resblock_parameters())
+
+        def share(flags: torch.Tensor) -> None:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.world.shards)
+
+        scaler = ResblockGradScaler(
+            self.model.resblock_parameters(),
+            reduce_flags=None if self.world.num_shards == 1 else share,
+        )
         self.model.set_gradient_scales(scaler.scales)
         return scaler
 
@@ -184,8 +192,7 @@ class DALLERecipe(Recipe):
             if step == 0 and self.world.is_first:  # a resumed run has listed them
                 self.replaced += replaced
                 self.examined += len(self.dataset)
-        start = step * self.loop.batch_size + self.rows.start
-        indices = sample_indices(self.loop.seed, start, len(self.rows), len(self.dataset))
+        indices = self.indices(step)
         tokens, captions = self._table
         return tokens[torch.as_tensor(indices)], [captions[i] for i in indices]
 
@@ -197,7 +204,7 @@ class DALLERecipe(Recipe):
             config.model.text_len,
             dropout=config.bpe_dropout,
             seed=self.loop.seed,
-            counters=range(step * size + self.rows.start, step * size + self.rows.stop),
+            counters=self.positions(step),
         )
         if config.caption_dropout:
             # row 0 of this key's noise; its counters never meet the Gumbel noise of another seed

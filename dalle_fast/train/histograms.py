@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ..errors import DataError
 from ..models import DALLE
 from ..optim import ResblockGradScaler
-from ..parallel.matrices import local_part
+from ..optim.shards import local_part
 from ..parallel.world import World
 from .report import read_lines
 

@@ -19,9 +19,9 @@ import torch
 from ..errors import CheckpointError, TrainingError
 from ..models.store import model_files, read_json
 from ..optim.gradient_scale import WINDOW
+from ..optim.shards import local_part
 from ..parallel import pieces
 from ..parallel.gradients import Gradients, shard_model
-from ..parallel.matrices import local_part
 from . import checkpoint
 from .histograms import GradientHistograms, plot_gradients
 from .recipe import Recipe

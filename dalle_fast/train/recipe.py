@@ -51,17 +51,26 @@ class Recipe(ABC):
             raise DataError(f"{self.data.source}: no pictures in split {split or self.data.split!r}")
         return dataset
 
+    def positions(self, step: int) -> range:
+        """Where this rank's samples of an update lie in the endless order."""
+        start = step * self.loop.batch_size
+        return range(start + self.rows.start, start + self.rows.stop)
+
+    def indices(self, step: int) -> list[int]:
+        """Their numbers in the data set."""
+        positions = self.positions(step)
+        return sample_indices(self.loop.seed, positions.start, len(positions), len(self.dataset))
+
     def batch(self, step: int):
         """This rank's samples of an update: a pure function of (seed, step) and its rows."""
-        start = step * self.loop.batch_size + self.rows.start
-        indices = sample_indices(self.loop.seed, start, len(self.rows), len(self.dataset))
+        indices = self.indices(step)
         batch = load_batch(
             self.dataset,
             indices,
             size=self.image_size,
             augment=self.data.augment,
             seed=self.loop.seed,
-            counters=range(start, start + len(indices)),
+            counters=self.positions(step),
         )
         self.replaced += batch.replaced
         self.examined += len(indices)
