@@ -131,45 +131,48 @@ class AdamW16(torch.optim.Optimizer):
             updated = [p for p in group["params"] if p.grad is not None]
             if not updated:
                 continue
-            for p in updated:
+            states = [self.state[p] for p in updated]
+            for p, state in zip(updated, states, strict=True):
                 if p.dtype != torch.float32 or p.grad.is_sparse:
                     what = "a sparse gradient" if p.grad.is_sparse else f"dtype {p.dtype}"
                     raise TypeError(f"params: expected dense float32, got {what}")
-                if not self.state[p]:
-                    self._start(p, group)
-            if group["capturable"]:
-                device = updated[0].device
-                steps = [self.state[p]["step"] for p in updated]
-                self._update(group, updated, steps, group["lr"], _on(device, grad_scale), _on(device, found_inf))
+                if not state:
+                    self._start(p, state, group)
+            steps = [state["step"] for state in states]
+            device = updated[0].device
+            if group["capturable"] or device.type == "cpu":  # step numbers lie where the kernel counts them
+                lr = group["lr"] if group["capturable"] else float(group["lr"])
+                self._update(group, updated, states, steps, lr, _on(device, grad_scale), _on(device, found_inf))
                 continue
             if updated[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("step() is captured in a CUDA graph: construct AdamW16 with capturable=True")
             if found_inf is not None and found_inf.item():
                 continue
-            steps = [self.state[p]["step"] for p in updated]
             torch._foreach_add_(steps, 1)
-            by_step: dict[int, list[torch.Tensor]] = {}
-            for p, number in zip(updated, torch.stack(steps).tolist(), strict=True):
-                by_step.setdefault(number, []).append(p)
-            for number, params in by_step.items():
-                self._update(group, params, number, float(group["lr"]), float(grad_scale), None)
+            by_step: dict[int, list[int]] = {}
+            for i, number in enumerate(torch.stack(steps).tolist()):
+                by_step.setdefault(number, []).append(i)
+            for number, chosen in by_step.items():
+                some = [updated[i] for i in chosen], [states[i] for i in chosen]
+                self._update(group, *some, number, float(group["lr"]), float(grad_scale), None)
         return loss
 
     def _update(
         self,
         group: dict[str, Any],
         params: list[torch.Tensor],
+        states: list[dict[str, torch.Tensor]],
         step: int | list[torch.Tensor],
         lr: float | torch.Tensor,
         grad_scale: float | torch.Tensor,
         found_inf: torch.Tensor | None,
     ) -> None:
-        states = [self.state[p] for p in params]
+        codes = ([s[name] for s in states] for name in _CODES)
+        lists = [params, [p.grad for p in params], *codes, [s["ema"] for s in states if "ema" in s]]
+        if any(hasattr(p, "to_local") for p in params):
+            lists = [[local_part(t) for t in tensors] for tensors in lists]
         adamw16(
-            [local_part(p) for p in params],
-            [local_part(p.grad) for p in params],
-            *([local_part(s[name]) for s in states] for name in _CODES),
-            [local_part(s["ema"]) for s in states if "ema" in s],
+            *lists,
             step=step,
             lr=lr,
             betas=group["betas"],
@@ -182,8 +185,7 @@ class AdamW16(torch.optim.Optimizer):
             backend=group["backend"],
         )
 
-    def _start(self, p: torch.Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
+    def _start(self, p: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
         state["step"] = torch.zeros((), dtype=torch.int64, device=p.device if group["capturable"] else "cpu")
         for name in _CODES:  # in the parameter's memory order
             state[name] = torch.zeros_like(p, dtype=torch.uint16)
