@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..nn import Noise, TransformerBlock, full_precision
+from ..nn import Embedding, Noise, TransformerBlock, full_precision
 from ..ops import AttentionPattern, linear_cross_entropy
 
 
@@ -114,8 +114,8 @@ class DALLE(nn.Module):
         super().__init__()
         self.config = config
         width, (height, columns) = config.width, config.grid
-        self.text_embedding = nn.Embedding(config.text_vocab_size, width)
-        self.image_embedding = nn.Embedding(config.image_vocab_size, width)
+        self.text_embedding = Embedding(config.text_vocab_size, width)
+        self.image_embedding = Embedding(config.image_vocab_size, width)
         self.text_position = nn.Parameter(torch.empty(config.text_len, width))
         self.pad = nn.Parameter(torch.empty(config.text_len, width))
         self.row_position = nn.Parameter(torch.empty(height, width))

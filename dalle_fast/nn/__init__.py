@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .dvae import Conv2d, DecoderBlock, EncoderBlock
+from .embedding import Embedding
 from .losses import categorical_kl, logit_laplace_nll, map_pixels, unmap_pixels
 from .precision import Linear, full_precision, scaled_branch
 from .transformer import Noise, TransformerBlock
@@ -11,6 +12,7 @@ from .transformer import Noise, TransformerBlock
 __all__ = [
     "Conv2d",
     "DecoderBlock",
+    "Embedding",
     "EncoderBlock",
     "Linear",
     "Noise",

@@ -12,6 +12,7 @@ import threading
 
 import torch
 
+from ... import memory
 from .._autocast import without_autocast
 from .._backend import _C, stream_of
 from .._products import addmm, mm
@@ -163,8 +164,8 @@ def _require_in_range(stats: torch.Tensor, target: torch.Tensor, num_codes: int,
 
 
 def _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upstream):
-    dx = x.new_empty(x.shape if needs & NEEDS_X else (0,), dtype=_grad_dtype(compute))
-    dweight = weight.new_empty(weight.shape if needs & NEEDS_WEIGHT else (0,), dtype=_grad_dtype(weight.dtype))
+    dx = memory.empty(x, x.shape if needs & NEEDS_X else (0,), _grad_dtype(compute))
+    dweight = memory.empty(weight, weight.shape if needs & NEEDS_WEIGHT else (0,), _grad_dtype(weight.dtype))
     bias_dtype = torch.float32 if bias is None else _grad_dtype(bias.dtype)
     dbias = x.new_empty((weight.shape[0],) if needs & NEEDS_BIAS else (0,), dtype=bias_dtype)
     return x.new_empty((), dtype=torch.float32), dx, dweight, dbias
