@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ... import memory
 from .._backend import _C, stream_of
 from .._register import register_op
 
@@ -17,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _implementation(x: torch.Tensor, p: float, seed: int, offset: int, row_offset: int) -> torch.Tensor:
     if p == 0:
         return x.clone(memory_format=torch.contiguous_format)
-    out = x.new_empty(x.shape)
+    out = memory.empty(x, x.shape)
     if x.numel() == 0:
         return out
     rows = x.reshape(-1, x.shape[-1])
@@ -28,7 +29,7 @@ def _implementation(x: torch.Tensor, p: float, seed: int, offset: int, row_offse
 
 
 def _fake(x, p, seed, offset, row_offset):
-    return x.new_empty(x.shape)
+    return memory.empty(x, x.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from ... import memory
 from .._backend import _C, stream_of
 from .._register import register_op
 
@@ -16,7 +17,7 @@ def _encode(x: torch.Tensor, has_sign: bool) -> torch.Tensor:
 
 
 def _encode_fake(x, has_sign):
-    return x.new_empty(x.shape, dtype=torch.uint16)
+    return memory.empty(x, x.shape, torch.uint16)
 
 
 def _decode(code: torch.Tensor, has_sign: bool) -> torch.Tensor:
@@ -26,7 +27,7 @@ def _decode(code: torch.Tensor, has_sign: bool) -> torch.Tensor:
 
 
 def _decode_fake(code, has_sign):
-    return code.new_empty(code.shape, dtype=torch.float32)
+    return memory.empty(code, code.shape, torch.float32)
 
 
 minifloat_encode = register_op("minifloat_encode", "(Tensor x, bool has_sign) -> Tensor", _encode, _encode_fake)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from ... import memory
 from .._backend import _C, stream_of
 from .._register import register_op
 
@@ -14,13 +15,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _implementation(x: torch.Tensor) -> torch.Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()  # the kernels read dense rows
-    out = x.new_empty(x.shape)
+    out = memory.empty(x, x.shape)
     _C.null_copy(out, x, stream_of(x))
     return out
 
 
 def _fake(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape)
+    return memory.empty(x, x.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:

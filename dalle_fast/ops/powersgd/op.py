@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from ... import memory
 from .._backend import _C, stream_of
 from .._register import register_op
 
@@ -58,8 +59,8 @@ def new_gradient(p, q, error):
     """[m, n] float32, not written, with the dense dimension of `error`."""
     m, n = p.shape[0], q.shape[0]
     if error is None or error.stride(1) == 1 or n == 1 or not _is_dense(error):
-        return p.new_empty(m, n, dtype=torch.float32)
-    return p.new_empty(n, m, dtype=torch.float32).mT
+        return memory.empty(p, (m, n), torch.float32)
+    return memory.empty(p, (n, m), torch.float32).mT
 
 
 def _reconstruct(out, p, q, error, grad_factor, error_factor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from ... import memory
 from .._backend import _C, stream_of
 from .._register import no_second_derivative, register_op
 
@@ -24,10 +25,7 @@ def _forward(q, k, v, scale, *pattern):
 
 
 def _forward_fake(q, k, v, scale, *pattern):
-    # [B, L, H, D] in memory: what the output projection reads
-    batch, num_heads, length, head_dim = q.shape
-    out = q.new_empty(batch, length, num_heads, head_dim).transpose(1, 2)
-    return out, q.new_empty(batch, num_heads, length, dtype=torch.float32)
+    return _like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def _backward_kernel(dout, out, lse, q, k, v, scale, *pattern):
@@ -39,8 +37,9 @@ def _backward_kernel(dout, out, lse, q, k, v, scale, *pattern):
 
 
 def _like(x):
+    """[B, L, H, D] in memory: what the projections read."""
     batch, num_heads, length, head_dim = x.shape
-    return x.new_empty(batch, length, num_heads, head_dim).transpose(1, 2)
+    return memory.empty(x, (batch, length, num_heads, head_dim)).transpose(1, 2)
 
 
 def _backward_fake(dout, out, lse, q, k, v, scale, *pattern):
