@@ -146,7 +146,12 @@ DF_INLINE VecH to_bf16(VecF x) {  // round to nearest even; NaN stays NaN
   return narrow(nan ? splat_u(0x7fc0u) : rounded);
 }
 
-DF_INLINE VecF from_fp16(VecH h) {  // by integers: exact, subnormals, Inf and NaN included
+DF_INLINE VecF from_fp16(VecH h) {  // exact, subnormals, Inf and NaN included
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (VecF)_mm256_cvtph_ps((__m128i)h);
+#else
   const VecU u = widen(h);
   const VecU sign = (u & 0x8000u) << 16;
   const VecU magnitude = (u & 0x7fffu) << 13;
@@ -155,9 +160,15 @@ DF_INLINE VecF from_fp16(VecH h) {  // by integers: exact, subnormals, Inf and N
   const VecU inf = magnitude + (112u << 23) + (112u << 23);
   const VecI is_special = (VecI)(magnitude >= (0x7c00u << 13));
   return bit_cast<VecF>((is_special ? inf : bit_cast<VecU>(scaled)) | sign);
+#endif
 }
 
 DF_INLINE VecH to_fp16(VecF x) {  // round to nearest even, gradual underflow, overflow to Inf
+#if defined(__AVX512F__)
+  return (VecH)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (VecH)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   const VecU u = bit_cast<VecU>(x);
   const VecU sign = (u >> 16) & 0x8000u;
   const VecU a = u & 0x7fffffffu;
@@ -168,6 +179,7 @@ DF_INLINE VecH to_fp16(VecF x) {  // round to nearest even, gradual underflow, o
   r = (VecI)(a >= 0x47800000u) ? splat_u(0x7c00u) : r;
   r = (VecI)(a > 0x7f800000u) ? splat_u(0x7e00u) : r;
   return narrow(r | sign);
+#endif
 }
 
 // ---- loads and stores: any alignment; *_n touches only the first n lanes and zero-fills the rest
