@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRows == Rows::kElements ? 1 :
   }
 }
 
-// f(code of the first element, elements) for the pieces of this thread, perturbed; before that they go to `kl`, if
-// given
+// f(code of the first element, elements) for the pieces of this thread, perturbed. Before that they go to `kl`, or
+// null.
 template <Rows kRows, typename T, typename F>
 __device__ __forceinline__ void for_each_piece(const Params& p, const NoiseSource& noise, int64_t row, KlSums* kl,
                                                F f) {
@@ -143,9 +143,9 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) backward_codes(const Backwa
   const auto there = [&](int at) { return kRows == Rows::kFull || at < count; };
   const int64_t row = row_of_thread();
   if (row >= p.outer) return;
-  const T* y = static_cast<const T*>(p.y) + row * count;
-  const T* dy = static_cast<const T*>(p.dy) + row * count;
-  const T* logits = static_cast<const T*>(p.logits) + row * count;
+  const T* y = kRelaxed ? static_cast<const T*>(p.y) + row * count : nullptr;
+  const T* dy = kRelaxed ? static_cast<const T*>(p.dy) + row * count : nullptr;
+  const T* logits = kKl ? static_cast<const T*>(p.logits) + row * count : nullptr;
   T* out = static_cast<T*>(p.dlogits) + row * count;
   float sum = 0.0f;
   KlGradient kl;

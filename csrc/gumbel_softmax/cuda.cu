@@ -4,8 +4,8 @@
 // Floor, for 8 x 32 x 32 rows of 8192 codes: one read and one write at 4.3 TB/s, 125 us in float32, 62 us in 16 bits.
 // Codes dense, an element is 38 instructions on sm_90 (Philox 9, noise 13, the rest conversions, softmax and sums): 86
 // us of issue slots. So float32 is bound by memory, 16 bits by instructions. Rows dense with that many codes draw the
-// noise twice: 58 instructions (131 us) and three passes over memory. The KL is 7 more forward (Philox and noise are
-// not drawn again for it), and backward a fourth pass over memory.
+// noise twice: 58 instructions (131 us) and three passes over memory. The KL is 7 instructions more
+// forward and 8 backward, where the logits are read once more.
 #include "codes_dense.cuh"
 #include "rows_dense.cuh"
 
@@ -88,8 +88,8 @@ void argmax(const Params& p, void* stream) {
   const bool pieces = in_pieces<T>(p, {p.logits});
   if (p.inner == 1) {
     const RowLaunch launch(p.outer, p.num_codes);
-    with_bool(pieces, [&](auto in_pieces) {
-      constexpr Rows kRows = decltype(in_pieces)::value ? Rows::kPieces : Rows::kElements;
+    with_bool(pieces, [&](auto whole) {
+      constexpr Rows kRows = decltype(whole)::value ? Rows::kPieces : Rows::kElements;
       with_bool(p.kl, [&](auto kl) {
         const auto kernel = hard_codes<T, kRows, decltype(kl)::value>;
         DF_LAUNCH(kernel, launch.blocks, launch.block, 0, stream, p, noise);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Rows dense: a block owns 16 or 32 neighbouring rows, a thread 16 bytes of them times four codes. The perturbed logits
-// wait in shared memory, up to about 1700 codes, or are drawn again. With kKl the KL is taken of the logits as they
-// come.
+// wait in shared memory, up to about 1700 codes, or are drawn again. With kKl the KL is taken of the logits before.
 #pragma once
 
 #include "../core/gumbel.cuh"
@@ -71,7 +70,7 @@ __device__ __forceinline__ void store_rows(T* to, const float (&v)[kRows]) {
     store_piece<Rows::kPieces>(to, 0, kRows, v);
 }
 
-// v[row][k] = logit + noise of code 4 * group + k; codes that do not exist are -Inf. The logits go to `kl`, if given.
+// v[row][k] = logit + noise of code 4 * group + k; codes that do not exist are -Inf. The logits go to `kl`, or null.
 template <typename T, int kRows>
 __device__ __forceinline__ void draw_rows(float (*v)[4], const Params& p, const NoiseSource& noise, int64_t base,
                                           int64_t row, int group, KlSums* kl) {
@@ -199,9 +198,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   DF_DYNAMIC_SHARED(T, kept);  // y and dy; each thread reads what it has written
   const RowTile<kRows> tile(tile_rows, p.outer, p.num_codes, p.inner);
   const int codes = tile.there ? static_cast<int>(p.num_codes) : 0;
-  const T* const y = static_cast<const T*>(p.y) + tile.base;
-  const T* const dy = static_cast<const T*>(p.dy) + tile.base;
-  const T* const logits = static_cast<const T*>(p.logits) + tile.base;
+  const T* const y = kRelaxed ? static_cast<const T*>(p.y) + tile.base : nullptr;
+  const T* const dy = kRelaxed ? static_cast<const T*>(p.dy) + tile.base : nullptr;
+  const T* const logits = kKl ? static_cast<const T*>(p.logits) + tile.base : nullptr;
   T* const out = static_cast<T*>(p.dlogits) + tile.base;
   T* const kept_y = kept + tile.lane * kRows;
   T* const kept_dy = kept_y + codes * static_cast<int>(tile.size);
