@@ -134,8 +134,26 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2) hard_codes(const Params p, 
   if (kKl) store_kl(p, row, kl, &kl_part[0]);
 }
 
-// dlogits = y (dy - sum dy y) / tau + dkl q (ln q + ln V - kl); either term may be missing
-template <typename T, Rows kRows, bool kRelaxed, bool kKl>
+// The gradient of the KL alone: dlogits = dkl q (ln q + ln V - kl)
+template <typename T, Rows kRows>
+__global__ void __launch_bounds__(kMaxRowThreads) kl_backward_codes(const BackwardParams p) {
+  constexpr int kN = kPiece<T>;
+  const int count = static_cast<int>(p.num_codes), step = kN * blockDim.x;
+  const int64_t row = row_of_thread();
+  if (row >= p.outer) return;
+  const KlGradient kl(p, row);
+  const T* logits = static_cast<const T*>(p.logits) + row * count;
+  for (int at = kN * threadIdx.x; at < count; at += step) {
+    float v[kN];
+    unpack_piece<T>(v, load_piece<kRows>(logits, at, count));
+    DF_UNROLL
+    for (int i = 0; i < kN; ++i) v[i] = kl(v[i]);
+    store_piece<kRows>(static_cast<T*>(p.dlogits) + row * count, at, count, v);
+  }
+}
+
+// dlogits = y (dy - sum dy y) / tau, and with kKl that of the KL
+template <typename T, Rows kRows, bool kKl>
 __global__ void __launch_bounds__(kMaxRowThreads, 1) backward_codes(const BackwardParams p) {
   DF_SHARED(float, part, kMaxRowThreads / 32);
   constexpr int kN = kPiece<T>;
@@ -143,8 +161,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) backward_codes(const Backwa
   const auto there = [&](int at) { return kRows == Rows::kFull || at < count; };
   const int64_t row = row_of_thread();
   if (row >= p.outer) return;
-  const T* y = kRelaxed ? static_cast<const T*>(p.y) + row * count : nullptr;
-  const T* dy = kRelaxed ? static_cast<const T*>(p.dy) + row * count : nullptr;
+  const T* y = static_cast<const T*>(p.y) + row * count;
+  const T* dy = static_cast<const T*>(p.dy) + row * count;
   const T* logits = kKl ? static_cast<const T*>(p.logits) + row * count : nullptr;
   T* out = static_cast<T*>(p.dlogits) + row * count;
   float sum = 0.0f;
@@ -158,13 +176,11 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) backward_codes(const Backwa
     for (int i = 0; i < kN; ++i) sum = fmaf(u[i], v[i], sum);
   };
   const auto write = [&](int at, const Piece& a, const Piece& b) {
-    float u[kN], v[kN] = {};
-    if constexpr (kRelaxed) {
-      unpack_piece<T>(u, a);
-      unpack_piece<T>(v, b);
-      DF_UNROLL
-      for (int i = 0; i < kN; ++i) v[i] = u[i] * (v[i] - sum) * p.inverse_tau;
-    }
+    float u[kN], v[kN];
+    unpack_piece<T>(u, a);
+    unpack_piece<T>(v, b);
+    DF_UNROLL
+    for (int i = 0; i < kN; ++i) v[i] = u[i] * (v[i] - sum) * p.inverse_tau;
     if constexpr (kKl) {
       unpack_piece<T>(u, load_piece<kRows>(logits, at, count));
       DF_UNROLL
@@ -172,10 +188,6 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) backward_codes(const Backwa
     }
     store_piece<kRows>(out, at, count, v);
   };
-  if constexpr (!kRelaxed) {
-    for (int at = first; at < count; at += step) write(at, {}, {});
-    return;
-  }
   Piece raw_y[kHeld / kN], raw_dy[kHeld / kN];
   DF_UNROLL
   for (int j = 0, at = first; j < kHeld / kN; ++j, at += step) {

@@ -42,6 +42,12 @@ void with_bool(bool value, F&& f) {
   value ? f(std::true_type{}) : f(std::false_type{});
 }
 
+// f(std::integral_constant<Rows, ...>), for kernels that hold no whole row
+template <typename F>
+void with_pieces(bool pieces, F&& f) {
+  pieces ? f(std::integral_constant<Rows, Rows::kPieces>{}) : f(std::integral_constant<Rows, Rows::kElements>{});
+}
+
 // f(std::integral_constant<int, rows of a thread>)
 template <typename T, typename F>
 void with_rows_of_thread(bool pieces, F&& f) {
@@ -88,10 +94,9 @@ void argmax(const Params& p, void* stream) {
   const bool pieces = in_pieces<T>(p, {p.logits});
   if (p.inner == 1) {
     const RowLaunch launch(p.outer, p.num_codes);
-    with_bool(pieces, [&](auto whole) {
-      constexpr Rows kRows = decltype(whole)::value ? Rows::kPieces : Rows::kElements;
+    with_pieces(pieces, [&](auto rows) {
       with_bool(p.kl, [&](auto kl) {
-        const auto kernel = hard_codes<T, kRows, decltype(kl)::value>;
+        const auto kernel = hard_codes<T, decltype(rows)::value, decltype(kl)::value>;
         DF_LAUNCH(kernel, launch.blocks, launch.block, 0, stream, p, noise);
       });
     });
@@ -111,10 +116,15 @@ void backward(const BackwardParams& p, void* stream) {
   const bool pieces = in_pieces<T>(p, {p.y, p.dy, p.logits, p.dlogits});
   if (p.inner == 1) {
     const RowLaunch launch(p.outer, p.num_codes);
-    with_rows(pieces, launch.full, [&](auto rows) {
-      const auto kernel = backward_codes<T, decltype(rows)::value, kRelaxed, kKl>;
-      DF_LAUNCH(kernel, launch.blocks, launch.block, 0, stream, p);
-    });
+    if constexpr (kRelaxed) {
+      with_rows(pieces, launch.full, [&](auto rows) {
+        DF_LAUNCH((backward_codes<T, decltype(rows)::value, kKl>), launch.blocks, launch.block, 0, stream, p);
+      });
+    } else {
+      with_pieces(pieces, [&](auto rows) {
+        DF_LAUNCH((kl_backward_codes<T, decltype(rows)::value>), launch.blocks, launch.block, 0, stream, p);
+      });
+    }
     return;
   }
   const TileLaunch launch(p, kRelaxed ? 2 * sizeof(T) : 0);
