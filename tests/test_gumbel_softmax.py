@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -151,6 +153,101 @@ def test_a_softmax_that_falls_behind_its_shift(kernels):
     torch.testing.assert_close(y.double(), gumbel_softmax_reference(logits.double(), 0.1, seed=4), rtol=1e-4, atol=1e-7)
 
 
+# ---- with the KL
+
+
+def arranged(logits: torch.Tensor, layout: str) -> torch.Tensor:
+    """[rows, V] with dense codes, or [1, V, rows] with dense rows."""
+    return logits if layout == "codes" else logits.t().contiguous()[None]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("dtype", op.DTYPES)
+@pytest.mark.parametrize("layout", ["rows", "codes"])
+def test_the_kl_comes_beside_the_same_sample(layout, dtype, hard, kernels):
+    logits = arranged(torch.randn(18, 70) * 3, layout).to(dtype)
+    sample, kl = gumbel_softmax(logits, 0.5, seed=2, offset=4, hard=hard, return_kl=True)
+    assert torch.equal(sample, gumbel_softmax(logits, 0.5, seed=2, offset=4, hard=hard))
+    assert kl.dtype == torch.float32
+    _, exact = gumbel_softmax_reference(logits.double(), 0.5, seed=2, offset=4, hard=hard, return_kl=True)
+    torch.testing.assert_close(kl.double(), exact, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("used", ["sample", "kl", "both"])
+@pytest.mark.parametrize("layout", ["rows", "codes"])
+def test_gradients_of_either_result_and_of_both(layout, used, kernels):
+    logits = arranged(torch.randn(18, 70) * 3, layout)
+    dy, dkl = torch.randn(logits.shape), arranged(torch.randn(18, 1), layout).squeeze(1)
+
+    def gradient(function, logits):
+        x = logits.detach().requires_grad_()
+        y, kl = function(x, 0.5, seed=2, return_kl=True)
+        terms = {"sample": (y * dy).sum(), "kl": (kl * dkl).sum()}
+        return torch.autograd.grad(sum(terms.values()) if used == "both" else terms[used], x)[0]
+
+    exact = gradient(gumbel_softmax_reference, logits.double())
+    torch.testing.assert_close(gradient(gumbel_softmax, logits).double(), exact, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "codes"])
+def test_the_kl_of_extreme_logits(layout, hard, kernels):
+    """Rows of +-1e4, impossible codes, equal logits, one sure code; NaN where softmax has it."""
+    logits = torch.randn(9, 70)
+    logits[0] *= 1e4
+    logits[1] = torch.linspace(-1e4, 1e4, 70)
+    logits[2] += 1e4
+    logits[3, ::2] = -torch.inf
+    logits[4] = -1e4
+    logits[5, 3] = 1e4
+    logits[6, 7] = torch.nan
+    logits[7, 5] = torch.inf
+    logits[8] = -torch.inf
+    logits = arranged(logits, layout).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    results = []
+    for x, function in ((logits, gumbel_softmax), (exact, gumbel_softmax_reference)):
+        _, kl = function(x, 1.0, seed=1, hard=hard, return_kl=True)
+        results.append((kl, torch.autograd.grad(kl.sum(), x)[0]))
+    (kl, gradient), (expected, expected_gradient) = results
+    torch.testing.assert_close(kl.double(), expected, rtol=2e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=2e-6, equal_nan=True)
+    kl = kl.flatten().tolist()
+    assert kl[4:6] == pytest.approx([0, math.log(70)], abs=1e-6)
+    assert all(map(math.isnan, kl[6:]))
+
+
+@pytest.mark.parametrize("layout", ["rows", "codes"])
+def test_a_kl_over_many_codes_keeps_its_accuracy(layout):
+    logits = arranged(torch.randn(70, 8192), layout)
+    _, kl = gumbel_softmax(logits, 0.9, seed=4, return_kl=True)
+    _, exact = gumbel_softmax_reference(logits.double(), 0.9, seed=4, return_kl=True)
+    assert (kl - exact).abs().max() < 6e-6  # the sum of q ln q is 8.5
+
+
+def test_a_kl_that_falls_behind_its_shift(kernels):
+    """Logits that rise along the codes: what was added up before has to be scaled down again and again."""
+    for step in (0.3, 9.0):
+        logits = (torch.arange(70.0)[None, :, None].expand(2, 70, 16) * step).contiguous()
+        _, kl = gumbel_softmax(logits, 1.0, return_kl=True)
+        _, exact = gumbel_softmax_reference(logits.double(), 1.0, return_kl=True)
+        torch.testing.assert_close(kl.double(), exact, rtol=2e-6, atol=1e-6)
+
+
+@needs_extension
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_kl_compiles_as_one_graph(hard):
+    def loss(logits):
+        sample, kl = gumbel_softmax(logits, 0.5, seed=3, hard=hard, return_kl=True)
+        return kl.mean() if hard else kl.mean() + sample.square().sum()
+
+    logits = torch.randn(2, 13, 3, 5, requires_grad=True)
+    expected = torch.autograd.grad(loss(logits), logits)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(logits), logits)[0], expected)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -166,6 +263,7 @@ def test_a_softmax_that_falls_behind_its_shift(kernels):
         ({"row_offset": 2**32}, ValueError, "row_offset: expected"),
         ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logits: expected a floating"),
         ({"logits": torch.zeros(2, 0), "hard": True}, ValueError, "logits: expected at least one code"),
+        ({"logits": torch.zeros(2, 0), "return_kl": True}, ValueError, "logits: expected at least one code"),
         ({"logits": torch.zeros(())}, ValueError, "logits: expected at least one dimension"),
     ],
 )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from dalle_fast.bench.optimizers import adamw_row
 from dalle_fast.bench.rows import Call, Row, relative, size_of
 from dalle_fast.bench.vocabularies import vocabulary_row
+from dalle_fast.nn import categorical_kl
 from dalle_fast.ops import (
     AttentionPattern,
     decode_attention,
@@ -259,6 +260,38 @@ def _gumbel_rows(device: str, small: bool) -> Iterator[Row]:
                     ),
                 },
             )
+
+        def with_kl(function, logits=logits, dy=dy) -> Call:
+            def run():
+                y, kl = function(logits)
+                return torch.autograd.grad((y, kl), logits, (dy.to(y.dtype), torch.ones_like(kl)))[0]
+
+            return run
+
+        def composed(x):
+            return F.gumbel_softmax(x, 0.5, dim=1), categorical_kl(x)
+
+        def gradient_error(logits=logits, dy=dy, with_kl=with_kl):
+            part, upstream = logits.detach()[:1].requires_grad_(), dy[:1]
+            exact = part.detach().double().requires_grad_()
+            ours = with_kl(lambda x: gumbel_softmax(x, 0.5, seed=1, return_kl=True), part, upstream)()
+            reference = lambda x: gumbel_softmax(x, 0.5, seed=1, return_kl=True, backend="reference")  # noqa: E731
+            return relative(ours, with_kl(reference, exact, upstream)())
+
+        yield Row(
+            f"gumbel_softmax and KL {str(dtype)[6:]} forward+backward",
+            with_kl(lambda x: gumbel_softmax(x, 0.5, seed=1, return_kl=True)),
+            gradient_error,
+            1e-5 if dtype == torch.float32 else 2e-2,
+            6 * size_of(logits),
+            0,
+            {
+                "F.gumbel_softmax and KL": lambda with_kl=with_kl: with_kl(composed),
+                "F.gumbel_softmax and KL compiled": lambda with_kl=with_kl: with_kl(
+                    torch.compile(composed, dynamic=False)
+                ),
+            },
+        )
         yield Row(
             f"gumbel_softmax {str(dtype)[6:]} hard",
             soft(lambda x: gumbel_softmax(x, 0.5, seed=1, hard=True)),

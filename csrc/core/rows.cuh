@@ -130,6 +130,8 @@ __device__ __forceinline__ void store_piece(T* row, int at, int count, const flo
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+__device__ __forceinline__ float fast_exp(float x) { return fast_exp2(x * kLog2e); }
+
 // Sum of 2^(t - shift), where all terms use the same rounded shift, so that its rounding cancels. A t of -Inf adds
 // nothing; NaN or Inf spoil the sum, as in torch.softmax, and so does a row of -Inf: its sum is 0.
 struct SoftmaxState {

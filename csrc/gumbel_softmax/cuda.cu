@@ -4,7 +4,8 @@
 // Floor, for 8 x 32 x 32 rows of 8192 codes: one read and one write at 4.3 TB/s, 125 us in float32, 62 us in 16 bits.
 // Codes dense, an element is 38 instructions on sm_90 (Philox 9, noise 13, the rest conversions, softmax and sums): 86
 // us of issue slots. So float32 is bound by memory, 16 bits by instructions. Rows dense with that many codes draw the
-// noise twice: 58 instructions (131 us) and three passes over memory.
+// noise twice: 58 instructions (131 us) and three passes over memory. The KL is 7 instructions more
+// forward and 8 backward, where the logits are read once more.
 #include "codes_dense.cuh"
 #include "rows_dense.cuh"
 
@@ -15,13 +16,14 @@ struct TileLaunch {
   unsigned rows, blocks;
   std::size_t shared = 0;  // bytes
 
-  // `code_bytes`: what would have to be kept of a code
+  // `code_bytes`: what would have to be kept of a code; `besides`: more shared memory of a block than 4 KiB
   template <typename P>
-  TileLaunch(const P& p, std::size_t code_bytes) : rows(p.num_codes <= 512 ? kMaxTile : kMaxTile / 2) {
+  TileLaunch(const P& p, std::size_t code_bytes, std::size_t besides = 0)
+      : rows(p.num_codes <= 512 ? kMaxTile : kMaxTile / 2) {
     blocks = static_cast<unsigned>((p.outer * p.inner + rows - 1) / rows);
     const std::size_t bytes = rows * code_bytes * ((static_cast<std::size_t>(p.num_codes) + 3) / 4 * 4);
     // two blocks a multiprocessor, at least, with what they have besides
-    if (bytes <= dynamic_shared_limit(p.device.index) / 2 - 4096) shared = bytes;
+    if (bytes <= dynamic_shared_limit(p.device.index) / 2 - 4096 - besides) shared = bytes;
   }
 };
 
@@ -32,6 +34,18 @@ bool in_pieces(const P& p, std::initializer_list<const void*> tensors) {
   bool all = true;
   for (const void* t : tensors) all = all && rows_are_pieces<T>(t, dense, dense);
   return all;
+}
+
+// f(std::bool_constant)
+template <typename F>
+void with_bool(bool value, F&& f) {
+  value ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// f(std::integral_constant<Rows, ...>), for kernels that hold no whole row
+template <typename F>
+void with_pieces(bool pieces, F&& f) {
+  pieces ? f(std::integral_constant<Rows, Rows::kPieces>{}) : f(std::integral_constant<Rows, Rows::kElements>{});
 }
 
 // f(std::integral_constant<int, rows of a thread>)
@@ -54,16 +68,23 @@ void forward(const Params& p, void* stream) {
     const RowLaunch launch(p.outer, p.num_codes);
     with_rows(pieces, launch.full, [&](auto rows) {
       constexpr Rows kRows = decltype(rows)::value;
-      const auto kernel = p.num_codes <= kMaxHeld ? soft_codes<T, kRows> : soft_long_codes<T, kRows>;
-      DF_LAUNCH(kernel, launch.blocks, launch.block, 0, stream, p, noise, factor);
+      constexpr Rows kLong = kRows == Rows::kFull ? Rows::kPieces : kRows;
+      with_bool(p.kl, [&](auto kl) {
+        constexpr bool kKl = decltype(kl)::value;
+        const auto kernel = p.num_codes <= kMaxHeld ? soft_codes<T, kRows, kKl> : soft_long_codes<T, kLong, kKl>;
+        DF_LAUNCH(kernel, launch.blocks, launch.block, 0, stream, p, noise, factor);
+      });
     });
     return;
   }
-  const TileLaunch launch(p, sizeof(float));
+  const TileLaunch launch(p, sizeof(float), p.kl ? sizeof(KlSums) * kWarps * kMaxTile : 0);
   with_rows_of_thread<T>(pieces, [&](auto rows) {
-    const auto kernel = soft_rows<T, decltype(rows)::value>;
-    allow_dynamic_shared(kernel, launch.shared);
-    DF_LAUNCH(kernel, launch.blocks, kThreads, launch.shared, stream, p, noise, factor, launch.rows, launch.shared > 0);
+    with_bool(p.kl, [&](auto kl) {
+      const auto kernel = soft_rows<T, decltype(rows)::value, decltype(kl)::value>;
+      const bool keep = launch.shared > 0;
+      allow_dynamic_shared(kernel, launch.shared);
+      DF_LAUNCH(kernel, launch.blocks, kThreads, launch.shared, stream, p, noise, factor, launch.rows, keep);
+    });
   });
 }
 
@@ -73,30 +94,42 @@ void argmax(const Params& p, void* stream) {
   const bool pieces = in_pieces<T>(p, {p.logits});
   if (p.inner == 1) {
     const RowLaunch launch(p.outer, p.num_codes);
-    with_rows(pieces, false, [&](auto rows) {
-      DF_LAUNCH((hard_codes<T, decltype(rows)::value>), launch.blocks, launch.block, 0, stream, p, noise);
+    with_pieces(pieces, [&](auto rows) {
+      with_bool(p.kl, [&](auto kl) {
+        const auto kernel = hard_codes<T, decltype(rows)::value, decltype(kl)::value>;
+        DF_LAUNCH(kernel, launch.blocks, launch.block, 0, stream, p, noise);
+      });
     });
     return;
   }
   const TileLaunch launch(p, 0);
   with_rows_of_thread<T>(pieces, [&](auto rows) {
-    DF_LAUNCH((hard_rows<T, decltype(rows)::value>), launch.blocks, kThreads, 0, stream, p, noise, launch.rows);
+    with_bool(p.kl, [&](auto kl) {
+      const auto kernel = hard_rows<T, decltype(rows)::value, decltype(kl)::value>;
+      DF_LAUNCH(kernel, launch.blocks, kThreads, 0, stream, p, noise, launch.rows);
+    });
   });
 }
 
-template <typename T>
+template <typename T, bool kRelaxed, bool kKl>
 void backward(const BackwardParams& p, void* stream) {
-  const bool pieces = in_pieces<T>(p, {p.y, p.dy, p.dlogits});
+  const bool pieces = in_pieces<T>(p, {p.y, p.dy, p.logits, p.dlogits});
   if (p.inner == 1) {
     const RowLaunch launch(p.outer, p.num_codes);
-    with_rows(pieces, launch.full, [&](auto rows) {
-      DF_LAUNCH((backward_codes<T, decltype(rows)::value>), launch.blocks, launch.block, 0, stream, p);
-    });
+    if constexpr (kRelaxed) {
+      with_rows(pieces, launch.full, [&](auto rows) {
+        DF_LAUNCH((backward_codes<T, decltype(rows)::value, kKl>), launch.blocks, launch.block, 0, stream, p);
+      });
+    } else {
+      with_pieces(pieces, [&](auto rows) {
+        DF_LAUNCH((kl_backward_codes<T, decltype(rows)::value>), launch.blocks, launch.block, 0, stream, p);
+      });
+    }
     return;
   }
-  const TileLaunch launch(p, 2 * sizeof(T));
+  const TileLaunch launch(p, kRelaxed ? 2 * sizeof(T) : 0);
   with_rows_of_thread<T>(pieces, [&](auto rows) {
-    const auto kernel = backward_rows<T, decltype(rows)::value>;
+    const auto kernel = backward_rows<T, decltype(rows)::value, kRelaxed, kKl>;
     allow_dynamic_shared(kernel, launch.shared);
     DF_LAUNCH(kernel, launch.blocks, kThreads, launch.shared, stream, p, launch.rows, launch.shared > 0);
   });
@@ -119,7 +152,11 @@ void argmax_cuda(const Params& p, void* stream) {
 void backward_cuda(const BackwardParams& p, void* stream) {
   if (nothing(p)) return;
   const DeviceGuard guard(p.device.index);
-  with_element_type(p.dtype, [&](auto x) { backward<decltype(x)>(p, stream); });
+  with_element_type(p.dtype, [&](auto x) {
+    using T = decltype(x);
+    if (!p.dkl) return backward<T, true, false>(p, stream);
+    p.dy ? backward<T, true, true>(p, stream) : backward<T, false, true>(p, stream);
+  });
 }
 
 }  // namespace dalle_fast::gumbel_softmax

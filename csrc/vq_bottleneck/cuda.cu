@@ -14,8 +14,6 @@
 namespace dalle_fast::vq_bottleneck {
 namespace {
 
-__device__ __forceinline__ float fast_exp(float x) { return fast_exp2(x * kLog2e); }
-
 // Four elements of a row, packed or not; rows are aligned and padded.
 __device__ __forceinline__ void load_four(float (&v)[4], const float* from) {
   unpack_piece<float>(v, *reinterpret_cast<const Piece*>(from));

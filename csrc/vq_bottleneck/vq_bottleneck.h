@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "../core/dispatch.h"
+#include "../core/kl.h"
 #include "../core/tensor.h"
 
 namespace dalle_fast::vq_bottleneck {
@@ -20,9 +21,6 @@ namespace dalle_fast::vq_bottleneck {
 struct RowStats {
   float largest, inverse_sum, largest_logit, log_sum;
 };
-
-// Of a probability, at least: the exponential of it is 0, and 0 * kLeastLog is 0, which 0 * -Inf is not.
-constexpr float kLeastLog = -88.0f;
 
 // Rows or columns that kernels may write for `n`: whole vectors and tiles on any machine.
 constexpr int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }

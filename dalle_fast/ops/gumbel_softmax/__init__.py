@@ -19,10 +19,11 @@ def gumbel_softmax(
     offset: int = 0,
     hard: bool = False,
     *,
+    return_kl: bool = False,
     row_offset: int = 0,
     backend: str = "auto",
-) -> torch.Tensor:
-    """Draws a relaxed, or a hard, sample from categoricals (paper section 2.1).
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Draws a relaxed, or a hard, sample from categoricals, with their KL to a uniform prior (paper section 2.1).
 
     Soft: y = softmax((logits + g) / tau) over `dim`, g = -ln(-ln u), without straight-through. Hard: the index
     argmax(logits + g), a sample from softmax(logits); ties go to the lower index.
@@ -37,6 +38,10 @@ def gumbel_softmax(
     dlogits = y * (dy - sum(dy * y)) / tau, from the output alone. NaN and Inf in the logits act as in torch.softmax
     and torch.argmax.
 
+    return_kl adds kl = sum q ln q + ln V of the softmax without noise, q = softmax(logits), in the same passes over
+    memory; a code whose logit is -Inf adds nothing to it. The sample is the one without it. The gradient then has
+    the term dkl * q * (ln q - sum q ln q) too, from the logits and three numbers a row; either result may go unused.
+
     Args:
         logits: [..., V, ...], float32, bfloat16 or float16, any strides; float64 runs on the reference. Fastest when
             contiguous (dim=1 of [B, V, H, W]) or with `dim` innermost in memory (channels_last).
@@ -45,21 +50,27 @@ def gumbel_softmax(
         seed: 64 bits, signed or unsigned.
         offset: 64 bits, signed or unsigned.
         hard: return indices in place of probabilities.
+        return_kl: also return the KL of softmax(logits) to the uniform distribution.
         row_offset: number of the first row, >= 0; row_offset + rows may not pass 2^32.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
         Soft: the shape and dtype of `logits`, differentiable. Hard: int64 indices, `dim` removed.
+        With return_kl the pair of that and kl: `dim` removed, float32 (float64 for float64 logits), in nats,
+        differentiable in both.
 
     Raises:
         TypeError: `logits` is not a floating tensor.
-        ValueError: `tau`, `dim`, `seed`, `offset` or `row_offset` is out of range, hard samples are asked of zero
-            codes, or `backend` is unknown.
+        ValueError: `tau`, `dim`, `seed`, `offset` or `row_offset` is out of range, hard samples or kl are asked
+            of zero codes, or `backend` is unknown.
         RuntimeError: an explicit `backend` cannot run.
 
     Example:
         >>> gumbel_softmax(torch.zeros(1, 3, 2), tau=1.0, seed=1).sum(1)
         tensor([[1., 1.]])
+        >>> y, kl = gumbel_softmax(torch.zeros(2, 4, 3, 3), tau=1.0, seed=1, return_kl=True)
+        >>> y.shape, kl.shape
+        (torch.Size([2, 4, 3, 3]), torch.Size([2, 3, 3]))
     """
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -73,7 +84,7 @@ def gumbel_softmax(
     check_tau(tau)
     dim = dim % logits.dim()
     num_codes = logits.shape[dim]
-    if hard and num_codes == 0:
+    if (hard or return_kl) and num_codes == 0:
         raise ValueError(f"logits: expected at least one code in dim {dim}, got shape {list(logits.shape)}")
     num_rows = logits.numel() // num_codes if num_codes else 0
     seed, offset = check_noise(seed, offset, row_offset, num_rows, "logits")
@@ -83,7 +94,11 @@ def gumbel_softmax(
         "gumbel_softmax", backend, logits, supported=supported, reason=f"dtype {logits.dtype} has no kernel"
     )
     if chosen == "reference":
-        return gumbel_softmax_reference(logits, tau, dim, seed, offset, hard, row_offset=row_offset)
+        return gumbel_softmax_reference(
+            logits, tau, dim, seed, offset, hard, return_kl=return_kl, row_offset=row_offset
+        )
+    if return_kl:
+        return op.gumbel_softmax_kl(logits, tau, dim, seed, offset, row_offset, hard)[:2]
     if hard:
         return op.gumbel_argmax(logits, dim, seed, offset, row_offset)
     return op.gumbel_softmax(logits, tau, dim, seed, offset, row_offset)

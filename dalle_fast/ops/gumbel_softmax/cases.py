@@ -20,7 +20,7 @@ def _case(name: str, *shape: int, tau: float = 0.7, dim: int = 1, channels_last:
         logits = randn(generator, *shape, dtype=dtype, requires_grad=False)
         if channels_last:
             logits = logits.to(memory_format=torch.channels_last)
-        logits.requires_grad_(not options.get("hard", False))
+        logits.requires_grad_(not options.get("hard", False) or options.get("return_kl", False))
         return (logits, tau), {"dim": dim, "seed": 7, "offset": 3, **options}
 
     if options.get("hard", False):
@@ -70,6 +70,24 @@ ROOM = Room(
         _case("not_kept", 1, 70, 16, tau=0.1),
         _case("many_codes", 1, 516, 8),
         _case("hard_pieces", 1, 13, 16, hard=True),
+        # all of these again where the KL comes with it
+        _case("kl", 2, 13, 3, 5, return_kl=True),
+        _case("kl_codes_dense", 5, 37, return_kl=True),
+        _case("kl_channels_last", 2, 70, 3, 3, channels_last=True, return_kl=True),
+        _case("kl_hard", 3, 70, 5, hard=True, return_kl=True),
+        _case("kl_hard_dense", 6, 33, hard=True, return_kl=True),
+        _case("kl_one", 3, 1, return_kl=True),
+        _case("kl_empty", 0, 4, 3, return_kl=True),
+        _case("kl_warp", 3, 64, return_kl=True),
+        _case("kl_full_warp", 1, 1024, return_kl=True),
+        _case("kl_block", 1, 1096, return_kl=True),
+        _case("kl_beyond", 1, 16408, return_kl=True),
+        _case("kl_beyond_odd", 1, 16387, return_kl=True),
+        _case("kl_hard_block", 1, 1096, hard=True, return_kl=True),
+        _case("kl_kept", 1, 13, 16, return_kl=True),
+        _case("kl_not_kept", 1, 70, 16, return_kl=True),
+        _case("kl_many_codes", 1, 516, 8, return_kl=True),
+        _case("kl_hard_pieces", 1, 13, 16, hard=True, return_kl=True),
     ),
     # float32: noise to 2^-22 or so, divided by tau = 0.7. 16-bit: y is rounded once.
     tolerance={torch.float32: (1e-5, 2e-6), torch.bfloat16: (1e-2, 1e-3), torch.float16: (2e-3, 1e-4)},

@@ -6,9 +6,13 @@ The noise is a pure function of (seed, offset, row, code), so it can be drawn an
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..philox import uniform
+
+_LEAST_LOG = -100.0  # of a probability: 0 * -Inf would not be 0
 
 
 def gumbel_noise(
@@ -34,6 +38,12 @@ def gumbel_noise(
     return -torch.log(-torch.log(uniform(seed, offset, num_rows, num_codes, row_offset, device)))
 
 
+def kl_to_uniform(logits: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(logits) || uniform) = sum q ln q + ln V over the last dimension, in nats."""
+    log_q = torch.log_softmax(logits, -1)
+    return (log_q.exp() * log_q.clamp_min(_LEAST_LOG)).sum(-1) + math.log(logits.shape[-1])
+
+
 def gumbel_softmax_reference(
     logits: torch.Tensor,
     tau: float,
@@ -42,19 +52,22 @@ def gumbel_softmax_reference(
     offset: int = 0,
     hard: bool = False,
     *,
+    return_kl: bool = False,
     row_offset: int = 0,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The plain twin of `gumbel_softmax`; float64 computes in float64, other dtypes in float32."""
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     last = logits.movedim(dim, -1)  # [..., V], rows in logical order
     num_codes = last.shape[-1]
+    if (hard or return_kl) and num_codes == 0:
+        raise ValueError(f"logits: expected at least one code in dim {dim}, got shape {list(logits.shape)}")
     num_rows = last.numel() // max(num_codes, 1)
     noise = gumbel_noise(num_rows, num_codes, seed=seed, offset=offset, row_offset=row_offset, device=logits.device).to(
         compute
     )
     perturbed = last.to(compute) + noise.reshape(last.shape)
     if hard:
-        if num_codes == 0:
-            raise ValueError(f"logits: expected at least one code in dim {dim}, got shape {list(logits.shape)}")
-        return perturbed.argmax(-1)
-    return torch.softmax(perturbed / tau, -1).to(logits.dtype).movedim(-1, dim)
+        sample = perturbed.argmax(-1)
+    else:
+        sample = torch.softmax(perturbed / tau, -1).to(logits.dtype).movedim(-1, dim)
+    return (sample, kl_to_uniform(last.to(compute))) if return_kl else sample

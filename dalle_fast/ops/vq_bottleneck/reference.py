@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 
-from ..gumbel_softmax.reference import gumbel_noise
-
-_LEAST_LOG = -100.0  # of a probability: 0 * -Inf would not be 0
+from ..gumbel_softmax.reference import gumbel_noise, kl_to_uniform
 
 
 def vq_bottleneck_reference(
@@ -36,6 +32,4 @@ def vq_bottleneck_reference(
     )
     y = torch.softmax((logits + noise.to(compute).view(logits.shape)) / tau, -1)
     out = F.linear(y, cast(codebook.flatten(1)), cast(codebook_bias)).to(x.dtype)
-    log_q = torch.log_softmax(logits, -1)
-    kl = (log_q.exp() * log_q.clamp_min(_LEAST_LOG)).sum(-1) + math.log(num_codes)
-    return out.movedim(-1, 1), kl
+    return out.movedim(-1, 1), kl_to_uniform(logits)
