@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from ... import memory
 from .._backend import _C, stream_of
 from .._register import no_second_derivative, register_op
 
@@ -29,8 +30,8 @@ def _dense(x: torch.Tensor, dim: int) -> torch.Tensor:
 def _empty(x: torch.Tensor, dim: int) -> torch.Tensor:
     """An empty twin of `_dense(x, dim)`, with its strides."""
     if _codes_innermost(x, dim):
-        return x.new_empty(x.movedim(dim, -1).shape).movedim(-1, dim)
-    return x.new_empty(x.shape)
+        return memory.empty(x, x.movedim(dim, -1).shape).movedim(-1, dim)
+    return memory.empty(x, x.shape)
 
 
 def _view3(x: torch.Tensor, dim: int) -> torch.Tensor:
