@@ -108,6 +108,32 @@ void soft_row(const Params& p, int64_t row) {
   if (p.kl) kl_of_row<T>(p, row);
 }
 
+// The first of the largest; the first NaN where there is one, as in torch.argmax.
+DF_INLINE int64_t argmax(const float* x, int64_t n) {
+  const VecF lowest = splat(-__builtin_inff());
+  const auto load = [&](int64_t c) {
+    const int rest = static_cast<int>(n - c < kLanes ? n - c : kLanes);
+    return rest == kLanes ? loadu(x + c) : select(lane_index() < splat_i(rest), load_n(x + c, rest), lowest);
+  };
+  VecF best = lowest;
+  VecI nan = {};
+  for (int64_t c = 0; c < n; c += kLanes) {
+    const VecF v = load(c);
+    best = vmax(v, best);
+    nan |= v != v;
+  }
+  const VecF largest = splat(hmax(best));
+  const bool has_nan = any(nan);
+  for (int64_t c = 0; c < n; c += kLanes) {
+    const VecF v = load(c);
+    const VecI found = has_nan ? v != v : v == largest;
+    if (!any(found)) continue;
+    for (int i = 0; i < kLanes; ++i)
+      if (found[i]) return c + i;
+  }
+  return 0;
+}
+
 template <typename T>
 void hard_row(const Params& p, int64_t row) {
   static thread_local ThreadScratch scratch;
@@ -115,14 +141,7 @@ void hard_row(const Params& p, int64_t row) {
   float* x = scratch.floats(n);
   perturb_row(x, static_cast<const T*>(p.logits) + row * p.num_codes, p.num_codes,
               p.row_offset + static_cast<uint32_t>(row), noise_key(p.seed, p.offset));
-  float best = x[0];
-  int64_t at = 0;
-  for (int64_t c = 1; c < p.num_codes && best == best; ++c)  // the first NaN wins, as in torch.argmax
-    if (x[c] > best || x[c] != x[c]) {
-      best = x[c];
-      at = c;
-    }
-  p.index[row] = at;
+  p.index[row] = argmax(x, p.num_codes);
   if (p.kl) kl_of_row<T>(p, row);
 }
 
