@@ -148,21 +148,5 @@ DF_INLINE void transpose_words(uint32_t* to, int64_t ldt, const uint32_t* from, 
     for (int64_t c = 0; c < columns; c += 16) transpose_block(to + c * ldt + r, ldt, from + r * ldf + c, ldf);
 }
 
-// 2^x, about 1 ulp; below 2^-126 gives 2^-126, since subnormals are slow; NaN stays NaN (coefficients: Cephes, S.
-// Moshier)
-DF_INLINE VecF exp2_fast(VecF x) {
-  x = (VecF)_mm512_max_ps(_mm512_set1_ps(-126.0f), (__m512)x);  // the second operand keeps NaN
-  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const VecF r = x - (VecF)n;
-  VecF p = splat(1.535336188319500e-4f);
-  p = p * r + splat(1.339887440266574e-3f);
-  p = p * r + splat(9.618437357674640e-3f);
-  p = p * r + splat(5.550332471162809e-2f);
-  p = p * r + splat(2.402264791363012e-1f);
-  p = p * r + splat(6.931472028550421e-1f);
-  p = p * r + splat(1.0f);
-  return (VecF)_mm512_scalef_ps((__m512)p, n);
-}
-
 }  // namespace DF_CPU_NAMESPACE
 }  // namespace dalle_fast
