@@ -11,7 +11,7 @@ namespace {
 
 template <typename T>
 struct Products {
-  static constexpr int64_t kColumns = kBlock, kKeys = kBlock;
+  static constexpr int64_t kColumns = kBlock / 2, kKeys = kBlock;
 
   static int64_t floats(const Text<T>& text, int64_t columns, int64_t padded) {
     const int64_t keys = round_up(text.keys, kKeys);

@@ -84,34 +84,44 @@ DF_INLINE void prefetch_row(const T* row, int64_t dim) {
 
 // ---- products
 
-// s[q][i] = query q . key(i) for Q queries and i in [0, n), written up to the next multiple of kLanes / Q. Rows of q
-// and of s are dim_padded and s_stride apart. One query takes two pairs of a key at a time: its own stay in registers,
-// and keys come in the order of memory.
+// s[q][k] = query q . row[k] for Q queries and N <= kLanes / Q keys. Rows of q and of s are dim_padded and s_stride
+// apart. One query takes two pairs of a key at a time: its own stay in registers, and keys come in the order of memory.
+template <int Q, int N, typename T>
+DF_INLINE void dots_of(float* s, int64_t s_stride, const float* q, int64_t dim_padded, const T* const* row,
+                       int64_t dim) {
+  constexpr int K = kLanes / Q, P = Q == 1 ? 2 : 1;
+  VecF acc[kLanes] = {};
+  const auto add = [&](int64_t d, auto pairs) {
+    constexpr int M = decltype(pairs)::value;
+    Pair x[Q][M];
+    for (int j = 0; j < Q; ++j)
+      for (int m = 0; m < M; ++m) x[j][m] = load_pair(q + j * dim_padded + d + m * kPair);
+    for (int k = 0; k < N; ++k)
+      for (int m = 0; m < M; ++m) {
+        const Pair y = load_pair(row[k], d + m * kPair, dim);
+        for (int j = 0; j < Q; ++j) acc[j * K + k] += x[j][m].a * y.a;
+        for (int j = 0; j < Q; ++j) acc[j * K + k] += x[j][m].b * y.b;
+      }
+  };
+  int64_t d = 0;
+  for (; d + (P - 1) * kPair < dim; d += P * kPair) add(d, std::integral_constant<int, P>());
+  if (d < dim) add(d, std::integral_constant<int, 1>());
+  float sums[kLanes];
+  storeu(sums, sums_of(acc));
+  for (int j = 0; j < Q; ++j) __builtin_memcpy(s + j * s_stride, sums + j * K, K * sizeof(float));
+}
+
+// s[q][i] = query q . key(i) for i in [0, n), written up to the next multiple of kLanes / Q
 template <int Q, typename T, typename Key>
 DF_INLINE void dots(float* s, int64_t s_stride, const float* q, int64_t dim_padded, Key&& key, int64_t n, int64_t dim) {
-  constexpr int K = kLanes / Q, P = Q == 1 ? 2 : 1;
+  constexpr int K = kLanes / Q, kTail = K > 4 ? 4 : K;  // a window is often a few keys more than whole groups
   for (int64_t i = 0; i < n; i += K) {
     const T* row[K];
     for (int k = 0; k < K; ++k) row[k] = key(i + k < n ? i + k : n - 1);
-    VecF acc[kLanes] = {};
-    const auto add = [&](int64_t d, auto pairs) {
-      constexpr int N = decltype(pairs)::value;
-      Pair x[Q][N];
-      for (int j = 0; j < Q; ++j)
-        for (int m = 0; m < N; ++m) x[j][m] = load_pair(q + j * dim_padded + d + m * kPair);
-      for (int k = 0; k < K; ++k)
-        for (int m = 0; m < N; ++m) {
-          const Pair y = load_pair(row[k], d + m * kPair, dim);
-          for (int j = 0; j < Q; ++j) acc[j * K + k] += x[j][m].a * y.a;
-          for (int j = 0; j < Q; ++j) acc[j * K + k] += x[j][m].b * y.b;
-        }
-    };
-    int64_t d = 0;
-    for (; d + (P - 1) * kPair < dim; d += P * kPair) add(d, std::integral_constant<int, P>());
-    if (d < dim) add(d, std::integral_constant<int, 1>());
-    float sums[kLanes];
-    storeu(sums, sums_of(acc));
-    for (int j = 0; j < Q; ++j) __builtin_memcpy(s + j * s_stride + i, sums + j * K, K * sizeof(float));
+    if (n - i > kTail)
+      dots_of<Q, K, T>(s + i, s_stride, q, dim_padded, row, dim);
+    else
+      dots_of<Q, kTail, T>(s + i, s_stride, q, dim_padded, row, dim);
   }
 }
 
