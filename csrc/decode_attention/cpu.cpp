@@ -34,13 +34,20 @@ struct Products {
   }
 
   // s[key][query]
-  static void scores(const Text<T>& text, float* s, int64_t columns, const float* q, int64_t padded, float* workspace) {
+  template <typename Fetch>
+  static void scores(const Text<T>& text, float* s, int64_t columns, const float* q, int64_t padded, float* workspace,
+                     Fetch&& fetch) {
     float* const qt = workspace;  // [padded, columns]
     for (int64_t d = 0; d < padded; d += kLanes)
       for (int64_t c = 0; c < columns; c += kLanes)
         transpose_block(qt + d * columns + c, columns, q + c * padded + d, padded);
     const Rows k = rows(text.k, text.k_stride, text, padded, workspace + columns * padded);
-    gemm<false, false>(s, columns, k.data, k.stride, qt, kLanes, columns, text.keys, columns, k.depth);
+    for (int64_t first = 0; first < text.keys; first += kAhead) {
+      fetch(first / kAhead);
+      const int64_t n = text.keys - first < kAhead ? text.keys - first : kAhead;
+      gemm<false, false>(s + first * columns, columns, k.data + first * k.stride, k.stride, qt, kLanes, columns, n,
+                         columns, k.depth);
+    }
   }
 
   static void store(float* s, int64_t columns, int64_t k, int64_t c, VecF e, VecF next) {

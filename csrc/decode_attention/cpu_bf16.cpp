@@ -22,7 +22,9 @@ struct Products {
   static bool in_place(const Text<T>& text) { return text.dim % kBlock == 0 && text.keys % (kBlock / 2) == 0; }
 
   // s[key][query]
-  static void scores(const Text<T>& text, float* s, int64_t columns, const float* q, int64_t padded, float* workspace) {
+  template <typename Fetch>
+  static void scores(const Text<T>& text, float* s, int64_t columns, const float* q, int64_t padded, float* workspace,
+                     Fetch&& fetch) {
     const bool amx = cpu_level() >= CpuLevel::kAmx;
     const TileScope tiles(amx);
     const int64_t words = padded / 2, keys = round_up(text.keys, kBlock / 2), depth = round_up(text.dim, kBlock);
@@ -43,7 +45,11 @@ struct Products {
       k = copy;
       stride = depth;
     }
-    gemm_bf16<false>(s, columns, k, stride, qt, columns, keys, columns, depth, amx);
+    for (int64_t first = 0; first < keys; first += kAhead) {
+      fetch(first / kAhead);
+      const int64_t n = keys - first < kAhead ? keys - first : kAhead;
+      gemm_bf16<false>(s + first * columns, columns, k + first * stride, stride, qt, columns, n, columns, depth, amx);
+    }
   }
 
   // pairs along keys, over what has been read

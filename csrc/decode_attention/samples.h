@@ -19,9 +19,10 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 
 const float kMinusInf = -__builtin_inff();
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr int64_t kQueries = 32;                         // of a task, about
-constexpr int64_t kFew = kLanes / 2;                     // queries that are no matrix yet
-constexpr int64_t kKeys = 64;                            // read for few queries while they are in the first-level cache
+constexpr int64_t kQueries = 32;      // of a task, about
+constexpr int64_t kFew = kLanes / 2;  // queries that are no matrix yet
+constexpr int64_t kKeys = 64;         // read for few queries while they are in the first-level cache
+constexpr int64_t kAhead = 32;
 constexpr int kTogether = kLanes >= 8 ? kLanes / 4 : 1;  // of few queries in registers
 constexpr int64_t kPair = 2 * kLanes;
 
@@ -76,10 +77,10 @@ DF_INLINE void store_pair(T* row, int64_t d, int64_t dim, const Pair& x) {
   __builtin_memcpy(row + d, part, static_cast<std::size_t>(dim - d) * sizeof(T));
 }
 
-// Asks for a row that will be read soon.
+// Asks for a row that will be read soon, into the second-level cache.
 template <typename T>
 DF_INLINE void prefetch_row(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(row + d);
+  for (int64_t d = 0; d < dim; d += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(row + d, 0, 2);
 }
 
 // ---- products
@@ -229,6 +230,7 @@ void task(const Params& p, int64_t begin, int64_t end, int64_t kv, const float* 
   const int64_t num_text = is_text ? p.position + 1 : p.pattern.text_len;
   const int64_t group = p.num_heads / p.num_kv_heads, count = (end - begin) * group;  // queries
   const bool few = count <= kFew || num_text == 0;
+  const auto slot = [&](int64_t i) { return static_cast<int64_t>(bit_cast<int32_t>(slots[i])); };
   const Text<T> text{row4<T>(p.text_k, text_b, kv, 0),
                      row4<T>(p.text_v, text_b, kv, 0),
                      p.text_k.stride_l,
@@ -247,6 +249,19 @@ void task(const Params& p, int64_t begin, int64_t end, int64_t kv, const float* 
   float* const own = s + (few ? 0 : keys * columns);  // [count, stride], or one row of it
   float* const workspace = own + stride;              // where there are not few
 
+  // What a task reads is rarely in a cache, and is asked for while the first product runs: its step of kAhead text keys
+  // brings the keys of the step after next, its own values, and a share of the samples' image rows.
+  const auto fetch = [&](int64_t step) {
+    const int64_t steps = (num_text + kAhead - 1) / kAhead, n = end - begin;
+    for (int64_t k = step * kAhead; k < num_text && k < (step + 1) * kAhead; ++k) {
+      if (k + 2 * kAhead < num_text) prefetch_row(text.k + (k + 2 * kAhead) * text.k_stride, dim);
+      prefetch_row(text.v + k * text.v_stride, dim);
+    }
+    for (int64_t b = begin + n * step / steps; b < begin + n * (step + 1) / steps; ++b) {
+      for (int64_t i = 0; i < num_image; ++i) prefetch_row(row4<T>(p.image_k, b, kv, slot(i)), dim);
+      for (int64_t i = 0; i < num_image; ++i) prefetch_row(row4<T>(p.image_v, b, kv, slot(i)), dim);
+    }
+  };
   const auto for_each_sample = [&](auto f) {
     for (int64_t b = begin; b < end; ++b)
       for (int64_t h = 0; h < group; ++h) f(b, kv * group + h, (b - begin) * group + h);
@@ -268,7 +283,7 @@ void task(const Params& p, int64_t begin, int64_t end, int64_t kv, const float* 
   // scores with text; from here on q has the factor of all scores
   const float factor = p.scale * kLog2e;
   if (!few) {
-    Products::scores(text, s, columns, q, padded, workspace);
+    Products::scores(text, s, columns, q, padded, workspace, fetch);
     largest_of_columns(largest, s, columns, num_text, factor);
   }
   for (int64_t i = 0; i < count * padded; i += kLanes) storeu(q + i, loadu(q + i) * splat(factor));
@@ -287,8 +302,8 @@ void task(const Params& p, int64_t begin, int64_t end, int64_t kv, const float* 
     const T* const v = row4<T>(p.image_v, b, kv, 0);
     float* const row = own + (few ? i * stride : 0);
     const auto image = [&](const T* first, const Tensor4& t, int64_t at) {
-      const T* const found = first + static_cast<int64_t>(bit_cast<int32_t>(slots[at])) * t.stride_l;
-      prefetch_row(found + t.stride_b, dim);
+      const T* const found = first + slot(at) * t.stride_l;
+      if (few) prefetch_row(found + t.stride_b, dim);
       return found;
     };
     dots<1, T>(
