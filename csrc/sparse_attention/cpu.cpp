@@ -90,10 +90,11 @@ struct Strip {
   int64_t first, count, key_begin, key_end, begin, padded;
 };
 
-// Strips have rows enough for the micro-kernels, and windows that move by a key a row waste few.
-template <typename F>
+constexpr int64_t kScoreRows = 8,
+                  kValueRows = 4;  // of a strip: what a micro-kernel takes, so a moving window wastes few
+
+template <int64_t kRows, typename F>
 DF_INLINE void for_each_strip(const Layout& layout, const Tile& tile, const Columns& c, F&& f) {
-  constexpr int64_t kRows = 8;
   if (!c.image) return;
   for (int64_t r = 0; r < tile.count; r += kRows) {
     Strip strip;
@@ -109,11 +110,37 @@ DF_INLINE void for_each_strip(const Layout& layout, const Tile& tile, const Colu
   }
 }
 
+// f(begin, end) of the runs of keys that a strip sees: a convolution has one in each row of the grid.
+template <typename F>
+DF_INLINE void for_each_run(const Layout& layout, const Strip& strip, F&& f) {
+  const Pattern& p = *layout.pattern;
+  const int64_t half = p.kernel / 2, last = strip.key_end - 1;
+  if (p.kind != PatternKind::kConv || p.width <= strip.count + 2 * half) return f(strip.key_begin, strip.key_end);
+  for (int64_t up = half; up >= 0; --up) {
+    const int64_t begin = last - strip.count + 1 - up * p.width - half, end = last - up * p.width + half + 1;
+    if (end <= strip.key_begin) continue;
+    f(begin > strip.key_begin ? begin : strip.key_begin, end < strip.key_end ? end : strip.key_end);
+  }
+}
+
+// o (+)= s rows over the keys that the tile sees
+DF_INLINE void accumulate(float* o, const float* s, const float* rows, const Workspace& w, const Layout& layout,
+                          const Tile& tile, const Columns& c) {
+  gemm<false, false>(o, w.dim, s, w.width, rows, kLanes, w.dim, tile.count, w.dim, c.text);
+  const float* const image = rows + (layout.image_base + c.begin) * w.dim;
+  for_each_strip<kValueRows>(layout, tile, c, [&](const Strip& strip) {
+    for_each_run(layout, strip, [&](int64_t begin, int64_t end) {
+      gemm<false, true>(o + strip.first * w.dim, w.dim, s + strip.first * w.width + c.text_padded + begin, w.width,
+                        image + begin * w.dim, kLanes, w.dim, strip.count, w.dim, end - begin);
+    });
+  });
+}
+
 DF_INLINE void scores(float* s, const float* q, const float* kt, const Workspace& w, const Layout& layout,
                       const Tile& tile, const Columns& c, int64_t head_dim) {
   const int64_t vec = w.dim * kLanes;
   gemm<false, false>(s, w.width, q, w.dim, kt, vec, kLanes, tile.count, c.text_padded, head_dim);
-  for_each_strip(layout, tile, c, [&](const Strip& strip) {
+  for_each_strip<kScoreRows>(layout, tile, c, [&](const Strip& strip) {
     gemm<false, false>(s + strip.first * w.width + c.text_padded + strip.begin, w.width, q + strip.first * w.dim, w.dim,
                        kt + (layout.image_base + c.begin + strip.begin) * w.dim, vec, kLanes, strip.count, strip.padded,
                        head_dim);
@@ -170,16 +197,11 @@ void forward_tile(const Params& p, const Layout& layout, const Workspace& w, con
     sums[r] = hsum(sum);
   };
   for (int64_t r = 0; !c.image && r < tile.count; ++r) softmax(r, 0, 0);
-  for_each_strip(layout, tile, c, [&](const Strip& strip) {
+  for_each_strip<kScoreRows>(layout, tile, c, [&](const Strip& strip) {
     for (int64_t r = strip.first; r < strip.first + strip.count; ++r)
       softmax(r, strip.begin, strip.begin + strip.padded);
   });
-  gemm<false, false>(w.o, w.dim, w.s, w.width, w.v, kLanes, w.dim, tile.count, w.dim, c.text);
-  for_each_strip(layout, tile, c, [&](const Strip& strip) {
-    gemm<false, true>(w.o + strip.first * w.dim, w.dim, w.s + strip.first * w.width + c.text_padded + strip.key_begin,
-                      w.width, w.v + (layout.image_base + c.begin + strip.key_begin) * w.dim, kLanes, w.dim,
-                      strip.count, w.dim, strip.key_end - strip.key_begin);
-  });
+  accumulate(w.o, w.s, w.v, w, layout, tile, c);
   float inverse[kTile], lse[kTile];
   for (int64_t r = 0; r < tile.count; r += kLanes) {
     const VecF sum = loadu(sums + r);
@@ -236,13 +258,12 @@ void backward_tile(const Params& p, const Layout& layout, const Workspace& w, co
       storeu(dp + i, all ? ds : select(seen, ds, VecF{}));
     });
   }
-  gemm<false, false>(w.o, w.dim, w.dp, w.width, w.k, kLanes, w.dim, tile.count, w.dim, c.text);
+  accumulate(w.o, w.dp, w.k, w, layout, tile, c);
   gemm<true, true>(w.dv, w.dim, w.s, w.width, w.dout, kLanes, w.dim, c.text, w.dim, tile.count);
   gemm<true, true>(w.dk, w.dim, w.dp, w.width, w.q, kLanes, w.dim, c.text, w.dim, tile.count);
   if (c.image) {
     const int64_t at = c.text_padded + c.skip, keys = c.image - c.skip;
     const int64_t row = (layout.image_base + c.begin + c.skip) * w.dim;
-    gemm<false, true>(w.o, w.dim, w.dp + at, w.width, w.k + row, kLanes, w.dim, tile.count, w.dim, keys);
     gemm<true, true>(w.dv + row, w.dim, w.s + at, w.width, w.dout, kLanes, w.dim, keys, w.dim, tile.count);
     gemm<true, true>(w.dk + row, w.dim, w.dp + at, w.width, w.q, kLanes, w.dim, keys, w.dim, tile.count);
   }
