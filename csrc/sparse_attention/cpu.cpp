@@ -90,8 +90,8 @@ struct Strip {
   int64_t first, count, key_begin, key_end, begin, padded;
 };
 
-constexpr int64_t kScoreRows = 8,
-                  kValueRows = 4;  // of a strip: what a micro-kernel takes, so a moving window wastes few
+// of a strip: whole micro-kernels, and few keys that a row does not see
+constexpr int64_t kScoreRows = 8, kValueRows = 4;
 
 template <int64_t kRows, typename F>
 DF_INLINE void for_each_strip(const Layout& layout, const Tile& tile, const Columns& c, F&& f) {
