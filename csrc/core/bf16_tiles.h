@@ -13,7 +13,7 @@
 namespace dalle_fast {
 namespace DF_CPU_NAMESPACE {
 
-constexpr int64_t kBlock = 32;  // columns and depth of all products are multiples of it, rows of half of it
+constexpr int64_t kBlock = 32;  // depth of all products is a multiple of it, rows and columns of half of it
 
 // ---- AMX: eight tiles of 16 rows of 64 bytes
 
@@ -45,78 +45,91 @@ class TileScope {
   bool amx_;
 };
 
-// 16 or 32 rows, 32 columns
-template <bool kAdd, bool kBoth>
+// 16 or 32 rows (kTall), 16 or 32 columns (kWide)
+template <bool kAdd, bool kTall, bool kWide>
 DF_INLINE void block_amx(float* c, int64_t ldc, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb,
                          int64_t depth) {
   const int64_t c_bytes = ldc * 4, a_bytes = lda * 2, b_bytes = ldb * 4;
   float* const c2 = c + 16 * ldc;
   if (kAdd) {
     _tile_loadd(0, c, c_bytes);
-    _tile_loadd(1, c + 16, c_bytes);
-    if (kBoth) _tile_loadd(2, c2, c_bytes);
-    if (kBoth) _tile_loadd(3, c2 + 16, c_bytes);
+    if (kWide) _tile_loadd(1, c + 16, c_bytes);
+    if (kTall) _tile_loadd(2, c2, c_bytes);
+    if (kTall && kWide) _tile_loadd(3, c2 + 16, c_bytes);
   } else {
     _tile_zero(0);
-    _tile_zero(1);
-    if (kBoth) _tile_zero(2);
-    if (kBoth) _tile_zero(3);
+    if (kWide) _tile_zero(1);
+    if (kTall) _tile_zero(2);
+    if (kTall && kWide) _tile_zero(3);
   }
   for (int64_t k = 0; k < depth; k += kBlock) {
     _tile_loadd(6, b + k / 2 * ldb, b_bytes);
     _tile_loadd(4, a + k, a_bytes);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + k / 2 * ldb + 16, b_bytes);
-    _tile_dpbf16ps(1, 4, 7);
-    if (kBoth) _tile_loadd(5, a + 16 * lda + k, a_bytes);
-    if (kBoth) _tile_dpbf16ps(2, 5, 6);
-    if (kBoth) _tile_dpbf16ps(3, 5, 7);
+    if (kWide) _tile_loadd(7, b + k / 2 * ldb + 16, b_bytes);
+    if (kWide) _tile_dpbf16ps(1, 4, 7);
+    if (kTall) _tile_loadd(5, a + 16 * lda + k, a_bytes);
+    if (kTall) _tile_dpbf16ps(2, 5, 6);
+    if (kTall && kWide) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + 16, c_bytes);
-  if (kBoth) _tile_stored(2, c2, c_bytes);
-  if (kBoth) _tile_stored(3, c2 + 16, c_bytes);
+  if (kWide) _tile_stored(1, c + 16, c_bytes);
+  if (kTall) _tile_stored(2, c2, c_bytes);
+  if (kTall && kWide) _tile_stored(3, c2 + 16, c_bytes);
 }
 
-template <bool kAdd>
+template <bool kAdd, bool kTall, bool kWide>
 DF_INLINE void block_dot(float* c, int64_t ldc, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                         int64_t rows, int64_t depth) {
-  constexpr int kRows = 8;
-  for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
-    __m512 acc[kRows][2];
+                         int64_t depth) {
+  constexpr int kVecs = kWide ? 2 : 1, kRows = 16 / kVecs;
+  for (int64_t r0 = 0; r0 < (kTall ? 32 : 16); r0 += kRows) {
+    __m512 acc[kRows][kVecs];
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < 2; ++v) acc[r][v] = kAdd ? _mm512_loadu_ps(c + (r0 + r) * ldc + v * 16) : _mm512_setzero_ps();
+      for (int v = 0; v < kVecs; ++v)
+        acc[r][v] = kAdd ? _mm512_loadu_ps(c + (r0 + r) * ldc + v * 16) : _mm512_setzero_ps();
     for (int64_t k = 0; k < depth / 2; ++k) {
-      const __m512bh low = (__m512bh)_mm512_loadu_si512(b + k * ldb);
-      const __m512bh high = (__m512bh)_mm512_loadu_si512(b + k * ldb + 16);
+      __m512bh row[kVecs];
+      for (int v = 0; v < kVecs; ++v) row[v] = (__m512bh)_mm512_loadu_si512(b + k * ldb + v * 16);
       for (int r = 0; r < kRows; ++r) {
         int32_t pair;
         __builtin_memcpy(&pair, a + (r0 + r) * lda + 2 * k, sizeof pair);
         const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, low);
-        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, high);
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, row[v]);
       }
     }
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c + (r0 + r) * ldc + v * 16, acc[r][v]);
+      for (int v = 0; v < kVecs; ++v) _mm512_storeu_ps(c + (r0 + r) * ldc + v * 16, acc[r][v]);
   }
+}
+
+template <bool kAdd, bool kTall, bool kWide>
+DF_INLINE void block(float* c, int64_t ldc, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t depth,
+                     bool amx) {
+  if (amx)
+    block_amx<kAdd, kTall, kWide>(c, ldc, a, lda, b, ldb, depth);
+  else
+    block_dot<kAdd, kTall, kWide>(c, ldc, a, lda, b, ldb, depth);
 }
 
 // C[M, N] float32 (+)= A[M, K] B[K, N]; b in pairs; leading dimensions in elements of each pointer's type.
 template <bool kAdd>
 void gemm_bf16(float* c, int64_t ldc, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t rows,
                int64_t columns, int64_t depth, bool amx) {
-  for (int64_t n = 0; n < columns; n += kBlock)
+  for (int64_t n = 0; n < columns; n += kBlock) {
+    const bool wide = n + kBlock <= columns;
     for (int64_t m = 0; m < rows; m += kBlock) {
-      const bool both = m + kBlock <= rows;
+      const bool tall = m + kBlock <= rows;
       float* const to = c + m * ldc + n;
-      if (!amx)
-        block_dot<kAdd>(to, ldc, a + m * lda, lda, b + n, ldb, both ? kBlock : kBlock / 2, depth);
-      else if (both)
-        block_amx<kAdd, true>(to, ldc, a + m * lda, lda, b + n, ldb, depth);
+      if (tall && wide)
+        block<kAdd, true, true>(to, ldc, a + m * lda, lda, b + n, ldb, depth, amx);
+      else if (tall)
+        block<kAdd, true, false>(to, ldc, a + m * lda, lda, b + n, ldb, depth, amx);
+      else if (wide)
+        block<kAdd, false, true>(to, ldc, a + m * lda, lda, b + n, ldb, depth, amx);
       else
-        block_amx<kAdd, false>(to, ldc, a + m * lda, lda, b + n, ldb, depth);
+        block<kAdd, false, false>(to, ldc, a + m * lda, lda, b + n, ldb, depth, amx);
     }
+  }
 }
 
 // ---- rounding and layout
@@ -146,22 +159,6 @@ DF_INLINE void transpose_words(uint32_t* to, int64_t ldt, const uint32_t* from, 
                                int64_t columns) {
   for (int64_t r = 0; r < rows; r += 16)
     for (int64_t c = 0; c < columns; c += 16) transpose_block(to + c * ldt + r, ldt, from + r * ldf + c, ldf);
-}
-
-// 2^x, about 1 ulp; below 2^-126 gives 2^-126, since subnormals are slow; NaN stays NaN (coefficients: Cephes, S.
-// Moshier)
-DF_INLINE VecF exp2_fast(VecF x) {
-  x = (VecF)_mm512_max_ps(_mm512_set1_ps(-126.0f), (__m512)x);  // the second operand keeps NaN
-  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const VecF r = x - (VecF)n;
-  VecF p = splat(1.535336188319500e-4f);
-  p = p * r + splat(1.339887440266574e-3f);
-  p = p * r + splat(9.618437357674640e-3f);
-  p = p * r + splat(5.550332471162809e-2f);
-  p = p * r + splat(2.402264791363012e-1f);
-  p = p * r + splat(6.931472028550421e-1f);
-  p = p * r + splat(1.0f);
-  return (VecF)_mm512_scalef_ps((__m512)p, n);
 }
 
 }  // namespace DF_CPU_NAMESPACE

@@ -392,6 +392,29 @@ DF_INLINE VecF exp(VecF x) {
 #endif
 }
 
+// 2^x for x <= 127, about 1 ulp; below -126 gives 2^-126, since subnormals are slow; NaN stays NaN.
+DF_INLINE VecF exp2_fast(VecF x) {
+  x = vmax(splat(-126.0f), x);  // the second operand keeps NaN
+#if defined(__AVX512F__)
+  const VecF n = (VecF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const VecF n = round_to_int(x);
+#endif
+  const VecF r = x - n;
+  VecF p = splat(1.535336188319500e-4f);
+  p = p * r + splat(1.339887440266574e-3f);
+  p = p * r + splat(9.618437357674640e-3f);
+  p = p * r + splat(5.550332471162809e-2f);
+  p = p * r + splat(2.402264791363012e-1f);
+  p = p * r + splat(6.931472028550421e-1f);
+  p = p * r + splat(1.0f);
+#if defined(__AVX512F__)
+  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return p * bit_cast<VecF>((__builtin_convertvector(n, VecI) + 127) << 23);
+#endif
+}
+
 // ln((1 + m) * 2^ef) for m in [sqrt(1/2) - 1, sqrt(2) - 1], in place of m. N vectors side by side: one alone would wait
 // for its own chain of products.
 template <int N>

@@ -85,7 +85,11 @@ void bind_decode_attention(pybind11::module_& m) {
           params.device = q.device;
           (void)stream;
           run_on(
-              params.device, [&] { decode_attention::forward_cpu(params); },
+              params.device,
+              [&] {
+                if (params.dtype == DType::kBFloat16 && decode_attention::forward_bf16(params)) return;
+                decode_attention::forward_cpu(params);
+              },
               DF_CUDA_LAUNCH(decode_attention::forward_cuda(params, reinterpret_cast<void*>(stream))));
         });
 }

@@ -1,269 +1,75 @@
 // SPDX-License-Identifier: MIT
-// A task is one key-value head of a few samples that share their text, so that text keys and values are read once for
-// all their queries: products in register blocks of kTogether queries, as are those with a sample's own image keys, one
-// query at a time. Which ring slots the token sees is worked out once for all tasks.
-#include "decode_attention.h"
-
-#include <type_traits>
-
-#include "../core/parallel.h"
-#include "../core/simd.h"
+// Text as products of float32 matrices: keys are read where they lie, values too if their rows are whole vectors.
+// Others, and 16-bit ones, become rows of float32 first, once a task.
+#include "../core/gemm.h"
+#include "samples.h"
 
 namespace dalle_fast::decode_attention {
 namespace DF_CPU_NAMESPACE {
 
-using namespace ::dalle_fast::DF_CPU_NAMESPACE;
-
 namespace {
 
-const float kMinusInf = -__builtin_inff();
-constexpr int64_t kQueries = 16;                         // of a task, about
-constexpr int64_t kKeys = 64;                            // read for all queries while they are in the first-level cache
-constexpr int kTogether = kLanes >= 8 ? kLanes / 4 : 1;  // queries in registers
-constexpr int64_t kPair = 2 * kLanes;
-
-template <typename T>
-DF_INLINE T* row3(const Tensor3& t, int64_t b, int64_t h) {
-  return static_cast<T*>(t.data) + b * t.stride_b + h * t.stride_h;
-}
-template <typename T>
-DF_INLINE T* row4(const Tensor4& t, int64_t b, int64_t h, int64_t l) {
-  return static_cast<T*>(t.data) + b * t.stride_b + h * t.stride_h + l * t.stride_l;
-}
-
-// ---- kPair elements of a row as two vectors: of bfloat16 the even and the odd ones, which costs no more than a shift
-// and a mask. Products over the head dimension do not care, and what is stored goes back into its order.
-
-struct Pair {
-  VecF a, b;
+struct Rows {
+  const float* data;
+  int64_t stride, depth;
 };
 
 template <typename T>
-DF_INLINE Pair load_pair(const T* p) {
-  return {loadu(p), loadu(p + kLanes)};
-}
-DF_INLINE Pair load_pair(const bf16* p) {
-  VecU words;
-  __builtin_memcpy(&words, p, sizeof words);
-  return {bit_cast<VecF>(words << 16), bit_cast<VecF>(words & 0xffff0000u)};
-}
-template <typename T>
-DF_INLINE void store_pair(T* p, const Pair& x) {
-  storeu(p, x.a);
-  storeu(p + kLanes, x.b);
-}
-DF_INLINE void store_pair(bf16* p, const Pair& x) {
-  const VecU words = __builtin_convertvector(to_bf16(x.a), VecU) | __builtin_convertvector(to_bf16(x.b), VecU) << 16;
-  __builtin_memcpy(p, &words, sizeof words);
-}
+struct Products {
+  static constexpr int64_t kColumns = kLanes, kKeys = 2;
 
-// elements [d, dim) of a row at most; zeros behind them
-template <typename T>
-DF_INLINE Pair load_pair(const T* row, int64_t d, int64_t dim) {
-  if (dim - d >= kPair) return load_pair(row + d);
-  T part[kPair] = {};
-  __builtin_memcpy(part, row + d, static_cast<std::size_t>(dim - d) * sizeof(T));
-  return load_pair(part);
-}
-template <typename T>
-DF_INLINE void store_pair(T* row, int64_t d, int64_t dim, const Pair& x) {
-  if (dim - d >= kPair) return store_pair(row + d, x);
-  T part[kPair];
-  store_pair(part, x);
-  __builtin_memcpy(row + d, part, static_cast<std::size_t>(dim - d) * sizeof(T));
-}
-
-// ---- products
-
-// s[q][i] = query q . key(i) for Q queries and i in [0, n), written up to the next multiple of kLanes / Q. Rows of q
-// and of s are dim_padded and s_stride apart.
-template <int Q, typename T, typename Key>
-DF_INLINE void dots(float* s, int64_t s_stride, const float* q, int64_t dim_padded, Key&& key, int64_t n, int64_t dim) {
-  constexpr int K = kLanes / Q;
-  for (int64_t i = 0; i < n; i += K) {
-    const T* row[K];
-    for (int k = 0; k < K; ++k) row[k] = key(i + k < n ? i + k : n - 1);
-    VecF acc[kLanes] = {};
-    for (int64_t d = 0; d < dim; d += kPair) {
-      Pair x[Q];
-      for (int j = 0; j < Q; ++j) x[j] = load_pair(q + j * dim_padded + d);
-      for (int k = 0; k < K; ++k) {
-        const Pair y = load_pair(row[k], d, dim);
-        for (int j = 0; j < Q; ++j) acc[j * K + k] += x[j].a * y.a;
-        for (int j = 0; j < Q; ++j) acc[j * K + k] += x[j].b * y.b;
-      }
-    }
-    float sums[kLanes];
-    storeu(sums, sums_of(acc));
-    for (int j = 0; j < Q; ++j) __builtin_memcpy(s + j * s_stride + i, sums + j * K, K * sizeof(float));
+  static int64_t floats(const Text<T>& text, int64_t columns, int64_t padded) {
+    return columns * padded + (in_place(text.dim) ? 0 : text.keys * padded);
   }
-}
+  static bool in_place(int64_t dim) { return std::is_same<T, float>::value && dim % kLanes == 0; }
 
-// o[q][d ... d + P kPair) += sum_i s[q][i] value(i)[d ...]
-template <int Q, int P, typename T, typename Value>
-DF_INLINE void accumulate_part(float* o, int64_t dim_padded, const float* s, int64_t s_stride, Value&& value, int64_t n,
-                               int64_t d, int64_t dim) {
-  Pair acc[Q][P];
-  for (int j = 0; j < Q; ++j)
-    for (int k = 0; k < P; ++k) acc[j][k] = load_pair(o + j * dim_padded + d + k * kPair);
-  for (int64_t i = 0; i < n; ++i) {
-    const T* const row = value(i);
-    Pair x[P];
-    for (int k = 0; k < P; ++k) x[k] = load_pair(row, d + k * kPair, dim);
-    for (int j = 0; j < Q; ++j) {
-      const VecF weight = splat(s[j * s_stride + i]);
-      for (int k = 0; k < P; ++k) {
-        acc[j][k].a += weight * x[k].a;
-        acc[j][k].b += weight * x[k].b;
-      }
+  // [keys, padded]
+  static Rows rows(const T* from, int64_t stride, const Text<T>& text, int64_t padded, float* to) {
+    if constexpr (std::is_same<T, float>::value)
+      if (in_place(text.dim)) return {from, stride, text.dim};
+    for (int64_t k = 0; k < text.keys; ++k)
+      for (int64_t d = 0; d < padded; d += kPair)
+        store_pair(to + k * padded + d, d < text.dim ? load_pair(from + k * stride, d, text.dim) : Pair{});
+    return {to, padded, padded};
+  }
+
+  // s[key][query]
+  template <typename Fetch>
+  static void scores(const Text<T>& text, float* s, int64_t columns, const float* q, int64_t padded, float* workspace,
+                     Fetch&& fetch) {
+    float* const qt = workspace;  // [padded, columns]
+    for (int64_t d = 0; d < padded; d += kLanes)
+      for (int64_t c = 0; c < columns; c += kLanes)
+        transpose_block(qt + d * columns + c, columns, q + c * padded + d, padded);
+    const Rows k = rows(text.k, text.k_stride, text, padded, workspace + columns * padded);
+    for (int64_t first = 0; first < text.keys; first += kAhead) {
+      fetch(first / kAhead);
+      const int64_t n = text.keys - first < kAhead ? text.keys - first : kAhead;
+      gemm<false, false>(s + first * columns, columns, k.data + first * k.stride, k.stride, qt, kLanes, columns, n,
+                         columns, k.depth);
     }
   }
-  for (int j = 0; j < Q; ++j)
-    for (int k = 0; k < P; ++k) store_pair(o + j * dim_padded + d + k * kPair, acc[j][k]);
-}
 
-template <int Q, typename T, typename Value>
-DF_INLINE void accumulate(float* o, int64_t dim_padded, const float* s, int64_t s_stride, Value&& value, int64_t n,
-                          int64_t dim) {
-  int64_t d = 0;
-  for (; d + kPair < dim; d += 2 * kPair) accumulate_part<Q, 2, T>(o, dim_padded, s, s_stride, value, n, d, dim);
-  if (d < dim) accumulate_part<Q, 1, T>(o, dim_padded, s, s_stride, value, n, d, dim);
-}
-
-// f(number of queries, first of them), kTogether at a time, then one by one
-template <typename F>
-DF_INLINE void for_each_query(int64_t count, F&& f) {
-  int64_t i = 0;
-  for (; i + kTogether <= count; i += kTogether) f(std::integral_constant<int, kTogether>(), i);
-  for (; i < count; ++i) f(std::integral_constant<int, 1>(), i);
-}
-
-// e^(s - largest) in place of s[0, n), with zeros up to the next multiple of kLanes; returns their sum.
-DF_INLINE float exponentials(float* s, int64_t n) {
-  for (int64_t i = n; i % kLanes; ++i) s[i] = kMinusInf;
-  VecF best = splat(kMinusInf);
-  for (int64_t i = 0; i < n; i += kLanes) best = vmax(loadu(s + i), best);
-  const float shift = hmax(best);
-  VecF sum = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const VecF e = exp(loadu(s + i) - splat(shift));
-    storeu(s + i, e);
-    sum += e;
+  static void store(float* s, int64_t columns, int64_t k, int64_t c, VecF e, VecF next) {
+    storeu(s + k * columns + c, e);
+    storeu(s + (k + 1) * columns + c, next);
   }
-  return hsum(sum);
-}
 
-// Samples [begin, end), which share the text of one.
-template <typename T>
-void task(const Params& p, int64_t begin, int64_t end, int64_t kv, const float* slots, int64_t num_image) {
-  static thread_local ThreadScratch scratch;
-  const bool text = p.position < p.pattern.text_len;
-  const int64_t text_b = begin / (p.batch / p.text_batch), dim = p.head_dim;
-  const int64_t num_text = text ? p.position + 1 : p.pattern.text_len;
-  const int64_t group = p.num_heads / p.num_kv_heads, count = (end - begin) * group;  // queries
-  const int64_t padded = round_up(dim, 2 * kPair);
-  const int64_t stride = round_up(num_text + num_image, kLanes) + kLanes;
-  float* const q = scratch.floats(count * (2 * padded + stride));
-  float* const o = q + count * padded;
-  float* const s = o + count * padded;
-
-  const auto for_each_sample = [&](auto f) {
-    for (int64_t b = begin; b < end; ++b)
-      for (int64_t h = 0; h < group; ++h) f(b, kv * group + h, (b - begin) * group + h);
-  };
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t at = text ? p.position : (p.position - p.pattern.text_len) % p.ring_len;
-    __builtin_memmove(row4<T>(text ? p.text_k : p.image_k, b, kv, at), row3<T>(p.k, b, kv),
-                      static_cast<std::size_t>(dim) * sizeof(T));
-    __builtin_memmove(row4<T>(text ? p.text_v : p.image_v, b, kv, at), row3<T>(p.v, b, kv),
-                      static_cast<std::size_t>(dim) * sizeof(T));
+  // o[query] += the values weighted with s
+  static void accumulate(const Text<T>& text, float* o, int64_t padded, const float* s, int64_t columns,
+                         float* workspace) {
+    const Rows v = rows(text.v, text.v_stride, text, padded, workspace + columns * padded);
+    gemm<true, true>(o, padded, s, columns, v.data, kLanes, v.stride, columns, v.depth, text.keys);
   }
-  for_each_sample([&](int64_t b, int64_t h, int64_t i) {
-    for (int64_t d = 0; d < dim; d += kPair) {
-      const Pair x = load_pair(row3<T>(p.q, b, h), d, dim);
-      store_pair(q + i * padded + d, {x.a * splat(p.scale), x.b * splat(p.scale)});
-    }
-  });
-  zero(o, count * padded);
-
-  const auto slot = [&](int64_t i) { return static_cast<int64_t>(bit_cast<int32_t>(slots[i])); };
-  for (int64_t first = 0; first < num_text; first += kKeys) {
-    const int64_t n = num_text - first < kKeys ? num_text - first : kKeys;
-    for_each_query(count, [&](auto queries, int64_t i) {
-      dots<queries, T>(
-          s + i * stride + first, stride, q + i * padded, padded,
-          [&](int64_t k) { return row4<T>(p.text_k, text_b, kv, first + k); }, n, dim);
-    });
-  }
-  for_each_sample([&](int64_t b, int64_t, int64_t i) {
-    dots<1, T>(
-        s + i * stride + num_text, stride, q + i * padded, padded,
-        [&](int64_t k) { return row4<T>(p.image_k, b, kv, slot(k)); }, num_image, dim);
-  });
-
-  float* const sums = q;  // queries are done with
-  for (int64_t i = 0; i < count; ++i) sums[i] = exponentials(s + i * stride, num_text + num_image);
-
-  for (int64_t first = 0; first < num_text; first += kKeys) {
-    const int64_t n = num_text - first < kKeys ? num_text - first : kKeys;
-    for_each_query(count, [&](auto queries, int64_t i) {
-      accumulate<queries, T>(
-          o + i * padded, padded, s + i * stride + first, stride,
-          [&](int64_t k) { return row4<T>(p.text_v, text_b, kv, first + k); }, n, dim);
-    });
-  }
-  for_each_sample([&](int64_t b, int64_t h, int64_t i) {
-    accumulate<1, T>(
-        o + i * padded, padded, s + i * stride + num_text, stride,
-        [&](int64_t k) { return row4<T>(p.image_v, b, kv, slot(k)); }, num_image, dim);
-    const VecF factor = splat(1.0f / sums[i]);
-    for (int64_t d = 0; d < dim; d += kPair) {
-      const Pair x = load_pair(o + i * padded + d);
-      store_pair(row3<T>(p.out, b, h), d, dim, {x.a * factor, x.b * factor});
-    }
-  });
-}
-
-template <typename T>
-void run(Params p) {
-  if (p.position_at) p.position = *p.position_at;
-  if (!is_possible(p, p.position)) {
-    for (int64_t i = 0; i < p.batch * p.num_heads; ++i)
-      for (int64_t d = 0; d < p.head_dim; ++d)
-        store_n(row3<T>(p.out, i / p.num_heads, i % p.num_heads) + d, splat(__builtin_nanf("")), 1);
-    return;
-  }
-  // slots as the bits of floats: the scratch is one of floats
-  static thread_local ThreadScratch scratch;
-  int64_t count = 0;
-  float* slots = nullptr;
-  if (p.position >= p.pattern.text_len) {
-    const int64_t q = p.position - p.pattern.text_len;
-    slots = scratch.floats(q + 1);
-    for (int64_t k = first_image_key(p.pattern, q); k <= q; ++k)
-      if (image_may_attend(p.pattern, q, k)) slots[count++] = bit_cast<float>(static_cast<int32_t>(k % p.ring_len));
-  }
-  const int64_t keys = (p.position < p.pattern.text_len ? p.position + 1 : p.pattern.text_len) + count;
-  const bool threads = p.batch * p.num_heads * keys * p.head_dim >= 4 * kSerialBelow;
-  const int64_t group = p.num_heads / p.num_kv_heads, share = p.batch / p.text_batch;
-  const int64_t samples = group < kQueries ? kQueries / group : 1, blocks = (share + samples - 1) / samples;
-  parallel_for(
-      p.num_kv_heads * p.text_batch * blocks,
-      [&](int64_t i) {
-        const int64_t block = i % blocks * samples, first = i / blocks % p.text_batch * share;
-        const int64_t end = block + samples < share ? block + samples : share;
-        task<T>(p, first + block, first + end, i / blocks / p.text_batch, slots, count);
-      },
-      threads);
-}
+};
 
 }  // namespace
 
 void forward(const Params& p) {
   switch (p.dtype) {
-    case DType::kBFloat16: return run<bf16>(p);
-    case DType::kFloat16: return run<fp16>(p);
-    default: return run<float>(p);
+    case DType::kBFloat16: return run<Products, bf16>(p);
+    case DType::kFloat16: return run<Products, fp16>(p);
+    default: return run<Products, float>(p);
   }
 }
 

@@ -45,6 +45,7 @@ DF_HD bool is_possible(const Params& p, int64_t position) {
 }
 
 DF_CPU_LAUNCHER(forward, Params)
+DF_BF16_LAUNCHER(forward, Params)
 void forward_cuda(const Params& params, void* stream);
 
 }  // namespace dalle_fast::decode_attention

@@ -22,6 +22,8 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 
 namespace {
 
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+
 // ---- memory of a task
 
 // What no position fills (between text and image, a prefix's empty slots) holds anything, and is masked.
@@ -82,28 +84,85 @@ void pack_transposed(float* to, const float* rows, const Workspace& w) {
       transpose_block(to + c * w.dim + d * kLanes, kLanes, rows + c * w.dim + d, w.dim);
 }
 
+// Rows [first, first + count) of a tile and the image keys that one of them may see: columns [key_begin, key_end) of
+// the image part, and whole vectors around them.
+struct Strip {
+  int64_t first, count, key_begin, key_end, begin, padded;
+};
+
+// of a strip: whole micro-kernels, and few keys that a row does not see
+constexpr int64_t kScoreRows = 8, kValueRows = 4;
+
+template <int64_t kRows, typename F>
+DF_INLINE void for_each_strip(const Layout& layout, const Tile& tile, const Columns& c, F&& f) {
+  if (!c.image) return;
+  for (int64_t r = 0; r < tile.count; r += kRows) {
+    Strip strip;
+    strip.first = r;
+    strip.count = tile.count - r < kRows ? tile.count - r : kRows;
+    const int64_t from =
+        layout.by_column ? tile.key_begin + tile.skipped(r) : first_image_key(*layout.pattern, tile.local + r);
+    strip.key_begin = from - c.begin;
+    strip.key_end = tile.local + r + strip.count - c.begin;
+    strip.begin = strip.key_begin / kLanes * kLanes;
+    strip.padded = round_up(strip.key_end - strip.begin, kLanes);
+    f(strip);
+  }
+}
+
+// f(begin, end) of the runs of keys that a strip sees: a convolution has one in each row of the grid.
+template <typename F>
+DF_INLINE void for_each_run(const Layout& layout, const Strip& strip, F&& f) {
+  const Pattern& p = *layout.pattern;
+  const int64_t half = p.kernel / 2, last = strip.key_end - 1;
+  if (p.kind != PatternKind::kConv || p.width <= strip.count + 2 * half) return f(strip.key_begin, strip.key_end);
+  for (int64_t up = half; up >= 0; --up) {
+    const int64_t begin = last - strip.count + 1 - up * p.width - half, end = last - up * p.width + half + 1;
+    if (end <= strip.key_begin) continue;
+    f(begin > strip.key_begin ? begin : strip.key_begin, end < strip.key_end ? end : strip.key_end);
+  }
+}
+
+// o (+)= s rows over the keys that the tile sees
+DF_INLINE void accumulate(float* o, const float* s, const float* rows, const Workspace& w, const Layout& layout,
+                          const Tile& tile, const Columns& c) {
+  gemm<false, false>(o, w.dim, s, w.width, rows, kLanes, w.dim, tile.count, w.dim, c.text);
+  const float* const image = rows + (layout.image_base + c.begin) * w.dim;
+  for_each_strip<kValueRows>(layout, tile, c, [&](const Strip& strip) {
+    for_each_run(layout, strip, [&](int64_t begin, int64_t end) {
+      gemm<false, true>(o + strip.first * w.dim, w.dim, s + strip.first * w.width + c.text_padded + begin, w.width,
+                        image + begin * w.dim, kLanes, w.dim, strip.count, w.dim, end - begin);
+    });
+  });
+}
+
 DF_INLINE void scores(float* s, const float* q, const float* kt, const Workspace& w, const Layout& layout,
                       const Tile& tile, const Columns& c, int64_t head_dim) {
   const int64_t vec = w.dim * kLanes;
   gemm<false, false>(s, w.width, q, w.dim, kt, vec, kLanes, tile.count, c.text_padded, head_dim);
-  gemm<false, false>(s + c.text_padded, w.width, q, w.dim, kt + (layout.image_base + c.begin) * w.dim, vec, kLanes,
-                     tile.count, c.image_padded, head_dim);
+  for_each_strip<kScoreRows>(layout, tile, c, [&](const Strip& strip) {
+    gemm<false, false>(s + strip.first * w.width + c.text_padded + strip.begin, w.width, q + strip.first * w.dim, w.dim,
+                       kt + (layout.image_base + c.begin + strip.begin) * w.dim, vec, kLanes, strip.count, strip.padded,
+                       head_dim);
+  });
 }
 
-// f(column, lanes that row r may see, whether that is all of them) over all columns of the row
+// f(column, lanes that row r may see, whether that is all of them) over text and the image columns [begin, end)
 template <typename F>
-DF_INLINE void for_each_vector(const Columns& c, const BiasTable& bias, const Tile& tile, int64_t r, F&& f) {
+DF_INLINE void for_each_vector(const Columns& c, const BiasTable& bias, const Tile& tile, int64_t r, int64_t begin,
+                               int64_t end, F&& f) {
   const int64_t text = tile.text ? tile.local + r + 1 : c.text;
   const VecI lanes = lane_index();
   int64_t i = 0;
   for (; i + kLanes <= text; i += kLanes) f(i, VecI{}, std::true_type());
   for (; i < c.text_padded; i += kLanes)
     f(i, (VecI)(lanes < splat_i(static_cast<int32_t>(text - i))), std::false_type());
-  if (!c.image) return;
+  if (begin == end) return;
   const float* table = bias.of(tile.local + r, c.begin);
-  for (i = 0; i < c.image_padded; i += kLanes) {
+  const int64_t skip = c.skip + tile.skipped(r);
+  for (i = begin; i < end; i += kLanes) {
     VecI seen = loadu(table + i) == VecF{};
-    if (i < c.skip) seen &= lanes >= splat_i(static_cast<int32_t>(c.skip - i));
+    if (i < skip) seen &= lanes >= splat_i(static_cast<int32_t>(skip - i));
     if (i + kLanes > c.image) seen &= lanes < splat_i(static_cast<int32_t>(c.image - i));
     f(c.text_padded + i, seen, std::false_type());
   }
@@ -116,36 +175,42 @@ void forward_tile(const Params& p, const Layout& layout, const Workspace& w, con
                   int64_t b, int64_t h) {
   const Columns c(layout, tile, kLanes, kLanes);
   for (int64_t r = 0; r < tile.count; ++r)
-    load_row(w.q + r * w.dim, row_of<T>(p.q, b, h, tile.first + r * tile.step), p.head_dim, w.dim, p.scale);
+    load_row(w.q + r * w.dim, row_of<T>(p.q, b, h, tile.position(r)), p.head_dim, w.dim, p.scale * kLog2e);
   scores(w.s, w.q, w.kt, w, layout, tile, c, p.head_dim);
-  float inverse[kTile];
-  for (int64_t r = 0; r < tile.count; ++r) {
+  float shifts[kTile], sums[kTile] = {};  // to whole vectors
+  const auto softmax = [&](int64_t r, int64_t begin, int64_t end) {
     float* row = w.s + r * w.width;
     VecF best = splat(kMinusInf);
-    for_each_vector(c, bias, tile, r, [&](int64_t i, VecI seen, auto all) {
+    for_each_vector(c, bias, tile, r, begin, end, [&](int64_t i, VecI seen, auto all) {
       const VecF x = loadu(row + i);
       best = vmax(all ? x : select(seen, x, best), best);
     });
     const float shift = hmax(best);
     VecF sum = {};
-    for_each_vector(c, bias, tile, r, [&](int64_t i, VecI seen, auto all) {
-      const VecF e = exp(loadu(row + i) - splat(shift));
+    for_each_vector(c, bias, tile, r, begin, end, [&](int64_t i, VecI seen, auto all) {
+      const VecF e = exp2_fast(loadu(row + i) - splat(shift));
       const VecF x = all ? e : select(seen, e, VecF{});
       storeu(row + i, x);
       sum += x;
     });
-    const float total = hsum(sum);
-    inverse[r] = 1.0f / total;
-    p.lse[(b * p.num_heads + h) * p.length + tile.first + r * tile.step] = shift + log(splat(total))[0];
+    shifts[r] = shift;
+    sums[r] = hsum(sum);
+  };
+  for (int64_t r = 0; !c.image && r < tile.count; ++r) softmax(r, 0, 0);
+  for_each_strip<kScoreRows>(layout, tile, c, [&](const Strip& strip) {
+    for (int64_t r = strip.first; r < strip.first + strip.count; ++r)
+      softmax(r, strip.begin, strip.begin + strip.padded);
+  });
+  accumulate(w.o, w.s, w.v, w, layout, tile, c);
+  float inverse[kTile], lse[kTile];
+  for (int64_t r = 0; r < tile.count; r += kLanes) {
+    const VecF sum = loadu(sums + r);
+    storeu(inverse + r, splat(1.0f) / sum);
+    storeu(lse + r, loadu(shifts + r) * splat(kLn2) + log(sum));
   }
-  gemm<false, false>(w.o, w.dim, w.s, w.width, w.v, kLanes, w.dim, tile.count, w.dim, c.text);
-  if (c.image)
-    gemm<false, true>(w.o, w.dim, w.s + c.text_padded + c.skip, w.width,
-                      w.v + (layout.image_base + c.begin + c.skip) * w.dim, kLanes, w.dim, tile.count, w.dim,
-                      c.image - c.skip);
+  for (int64_t r = 0; r < tile.count; ++r) p.lse[(b * p.num_heads + h) * p.length + tile.position(r)] = lse[r];
   for (int64_t r = 0; r < tile.count; ++r)
-    store_row(const_cast<T*>(row_of<T>(p.out, b, h, tile.first + r * tile.step)), w.o + r * w.dim, p.head_dim,
-              inverse[r]);
+    store_row(const_cast<T*>(row_of<T>(p.out, b, h, tile.position(r))), w.o + r * w.dim, p.head_dim, inverse[r]);
 }
 
 template <typename T>
@@ -172,8 +237,8 @@ void backward_tile(const Params& p, const Layout& layout, const Workspace& w, co
   const Columns c(layout, tile, kLanes, kLanes);
   float delta[kTile];
   for (int64_t r = 0; r < tile.count; ++r) {
-    const int64_t l = tile.first + r * tile.step;
-    load_row(w.q + r * w.dim, row_of<T>(p.q, b, h, l), p.head_dim, w.dim, p.scale);
+    const int64_t l = tile.position(r);
+    load_row(w.q + r * w.dim, row_of<T>(p.q, b, h, l), p.head_dim, w.dim, p.scale * kLog2e);
     load_row(w.o + r * w.dim, row_of<T>(p.out, b, h, l), p.head_dim, w.dim);
     load_row(w.dout + r * w.dim, row_of<T>(p.dout, b, h, l), p.head_dim, w.dim);
     VecF sum = {};
@@ -185,26 +250,25 @@ void backward_tile(const Params& p, const Layout& layout, const Workspace& w, co
   for (int64_t r = 0; r < tile.count; ++r) {
     float* s = w.s + r * w.width;
     float* dp = w.dp + r * w.width;
-    const VecF lse = splat(p.lse[(b * p.num_heads + h) * p.length + tile.first + r * tile.step]);
-    for_each_vector(c, bias, tile, r, [&](int64_t i, VecI seen, auto all) {
-      const VecF e = exp(loadu(s + i) - lse);
+    const VecF lse = splat(p.lse[(b * p.num_heads + h) * p.length + tile.position(r)] * kLog2e);
+    for_each_vector(c, bias, tile, r, 0, c.image_padded, [&](int64_t i, VecI seen, auto all) {
+      const VecF e = exp2_fast(loadu(s + i) - lse);
       const VecF ds = e * (loadu(dp + i) - splat(delta[r]));
       storeu(s + i, all ? e : select(seen, e, VecF{}));
       storeu(dp + i, all ? ds : select(seen, ds, VecF{}));
     });
   }
-  gemm<false, false>(w.o, w.dim, w.dp, w.width, w.k, kLanes, w.dim, tile.count, w.dim, c.text);
+  accumulate(w.o, w.dp, w.k, w, layout, tile, c);
   gemm<true, true>(w.dv, w.dim, w.s, w.width, w.dout, kLanes, w.dim, c.text, w.dim, tile.count);
   gemm<true, true>(w.dk, w.dim, w.dp, w.width, w.q, kLanes, w.dim, c.text, w.dim, tile.count);
   if (c.image) {
     const int64_t at = c.text_padded + c.skip, keys = c.image - c.skip;
     const int64_t row = (layout.image_base + c.begin + c.skip) * w.dim;
-    gemm<false, true>(w.o, w.dim, w.dp + at, w.width, w.k + row, kLanes, w.dim, tile.count, w.dim, keys);
     gemm<true, true>(w.dv + row, w.dim, w.s + at, w.width, w.dout, kLanes, w.dim, keys, w.dim, tile.count);
     gemm<true, true>(w.dk + row, w.dim, w.dp + at, w.width, w.q, kLanes, w.dim, keys, w.dim, tile.count);
   }
   for (int64_t r = 0; r < tile.count; ++r)
-    store_row(const_cast<T*>(row_of<T>(p.dq, b, h, tile.first + r * tile.step)), w.o + r * w.dim, p.head_dim, p.scale);
+    store_row(const_cast<T*>(row_of<T>(p.dq, b, h, tile.position(r))), w.o + r * w.dim, p.head_dim, p.scale);
 }
 
 template <typename T>
@@ -224,7 +288,7 @@ void run_backward(const Params& p) {
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for_each_tile(layout, [&](const Tile& tile) { backward_tile<T>(p, layout, w, bias, tile, b, h); });
     for_each_position(layout, [&](int64_t position, int64_t slot) {  // q was scaled, and dk with it
-      store_row(const_cast<T*>(row_of<T>(p.dk, b, kv, position)), w.dk + slot * w.dim, p.head_dim);
+      store_row(const_cast<T*>(row_of<T>(p.dk, b, kv, position)), w.dk + slot * w.dim, p.head_dim, kLn2);
       store_row(const_cast<T*>(row_of<T>(p.dv, b, kv, position)), w.dv + slot * w.dim, p.head_dim);
     });
   });

@@ -111,7 +111,7 @@ void load_tile(bf16* to, const Workspace& w, const Params& p, const Tensor4& t, 
       __builtin_memset(to + r * w.dim, 0, static_cast<std::size_t>(w.dim) * sizeof(bf16));
       continue;
     }
-    copy_row(to + r * w.dim, row_of<bf16>(t, b, h, tile.first + r * tile.step), p.head_dim, w.dim);
+    copy_row(to + r * w.dim, row_of<bf16>(t, b, h, tile.position(r)), p.head_dim, w.dim);
   }
   if (negate)
     for (int64_t i = 0; i < tile.count * w.dim; ++i) to[i].bits ^= 0x8000u;
@@ -145,9 +145,10 @@ DF_INLINE void for_each_visible(const Columns& c, const BiasTable& bias, const T
   for (; i < c.text_padded; i += 16) f(i, first_lanes(text - i));
   if (!c.image) return;
   const float* table = bias.of(tile.local + r, c.begin);
+  const int64_t skip = c.skip + tile.skipped(r);
   for (i = 0; i < c.image_padded; i += 16) {
     __mmask16 mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(table + i), _mm512_setzero_ps(), _CMP_EQ_OQ);
-    if (i < c.skip) mask &= static_cast<__mmask16>(~first_lanes(c.skip - i));
+    if (i < skip) mask &= static_cast<__mmask16>(~first_lanes(skip - i));
     if (i + 16 > c.image) mask &= first_lanes(c.image - i);
     f(c.text_padded + i, mask);
   }
@@ -183,7 +184,7 @@ void forward_tile(const Params& p, const Layout& layout, const Workspace& w, con
     });
     const float total = hsum(sum[0] + sum[1]);
     inverse[r] = 1.0f / total;
-    p.lse[(b * p.num_heads + h) * p.length + tile.first + r * tile.step] = shift * scale + log(splat(total))[0];
+    p.lse[(b * p.num_heads + h) * p.length + tile.position(r)] = shift * scale + log(splat(total))[0];
   }
   for (int64_t r = tile.count; r < kTile; ++r)
     __builtin_memset(w.p + r * w.width, 0, static_cast<std::size_t>(c.width()) * sizeof(bf16));
@@ -192,8 +193,7 @@ void forward_tile(const Params& p, const Layout& layout, const Workspace& w, con
     gemm_bf16<true>(w.o, w.dim, w.p + c.text_padded, w.width, w.vp + (layout.image_base + c.begin) / 2 * w.dim, w.dim,
                     rows, w.dim, c.image_padded, amx);
   for (int64_t r = 0; r < tile.count; ++r)
-    store_row(const_cast<bf16*>(row_of<bf16>(p.out, b, h, tile.first + r * tile.step)), w.o + r * w.dim, p.head_dim,
-              inverse[r]);
+    store_row(const_cast<bf16*>(row_of<bf16>(p.out, b, h, tile.position(r))), w.o + r * w.dim, p.head_dim, inverse[r]);
 }
 
 // ---- backward
@@ -206,7 +206,7 @@ void backward_tile(const Params& p, const Layout& layout, const Workspace& w, co
   load_tile(w.dout, w, p, p.dout, tile, b, h, false);
   float delta[kTile] = {}, lse[kTile] = {};
   for (int64_t r = 0; r < tile.count; ++r) {
-    const int64_t l = tile.first + r * tile.step;
+    const int64_t l = tile.position(r);
     const bf16* o = row_of<bf16>(p.out, b, h, l);
     VecF sum = {};
     int64_t d = 0;
@@ -260,8 +260,7 @@ void backward_tile(const Params& p, const Layout& layout, const Workspace& w, co
     gemm_bf16<true>(w.dkt + slot, w.columns, w.qt, kTile, w.dsp + at, w.width, w.dim, c.image_padded, kTile, amx);
   }
   for (int64_t r = 0; r < tile.count; ++r)
-    store_row(const_cast<bf16*>(row_of<bf16>(p.dq, b, h, tile.first + r * tile.step)), w.o + r * w.dim, p.head_dim,
-              p.scale);
+    store_row(const_cast<bf16*>(row_of<bf16>(p.dq, b, h, tile.position(r))), w.o + r * w.dim, p.head_dim, p.scale);
 }
 
 void store_transposed(const Workspace& w, const Layout& layout, const Params& p, const Tensor4& t, const float* from,

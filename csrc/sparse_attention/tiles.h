@@ -42,11 +42,16 @@ struct Layout {
 };
 
 // A tile: queries first, first + step, ... of the stream, and the image keys [key_begin, key_end) in packed order
-// relative to image_base; `local` is the packed index of its first query, likewise relative.
+// relative to image_base; `local` is the packed index of its first query, likewise relative. After `run` queries comes
+// the next column: a tile of short columns has several, and a query sees none of those before its own.
 struct Tile {
   int64_t first, step, count;
   bool text;
   int64_t local, key_begin, key_end;
+  int64_t run = kTile;
+
+  int64_t position(int64_t r) const { return first + r % run * step + r / run; }
+  int64_t skipped(int64_t r) const { return r / run * run; }  // keys of other columns
 };
 
 template <typename F>
@@ -57,6 +62,15 @@ DF_INLINE void for_each_tile(const Layout& layout, F&& f) {
     f(Tile{q, 1, count, true, q, 0, q + count});
   }
   if (layout.by_column) {
+    const int64_t height = pattern.height, together = kTile / height;
+    if (together > 1 && layout.num_image == pattern.image_len()) {
+      for (int64_t column = 0; column < pattern.width; column += together) {
+        const int64_t columns = pattern.width - column < together ? pattern.width - column : together;
+        const int64_t local = column * height, count = columns * height;
+        f(Tile{pattern.text_len + column, pattern.width, count, false, local, local, local + count, height});
+      }
+      return;
+    }
     for (int64_t column = 0; column < pattern.width; ++column) {
       const int64_t length = layout.column_len(column), base = column * pattern.height;
       for (int64_t r = 0; r < length; r += kTile) {
