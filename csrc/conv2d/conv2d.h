@@ -2,8 +2,8 @@
 // out = residual + gain (conv(relu(x)) + bias): stride 1, odd kernel, "same" zero padding, for few channels. A library
 // fills its vectors with channels, which leaves them half empty at 6 or 12; here lanes are pixels.
 //
-// A 1x1 kernel may count each pixel of its result as two by two (scale 2): the convolution of a doubled x is the doubled
-// convolution of x, at a quarter of its products.
+// A 1x1 kernel may count each pixel of its result as two by two (scale 2): the convolution of a doubled x is the
+// doubled convolution of x, at a quarter of its products.
 #pragma once
 
 #include <cstdint>
@@ -28,34 +28,38 @@ constexpr int64_t packed_rows(int64_t channels) { return (channels + kRows - 1) 
 
 // A task of a convolution: some rows of one image. All functions of the shape alone: sums over the batch are the same
 // at any number of threads.
-constexpr int64_t kBandPositions = 512;
+constexpr int64_t kBandPositions = 1024;
 inline int64_t band_rows(const Shape& s) {
   const int64_t rows = s.width ? kBandPositions / s.width : 1;
   return rows < 1 ? 1 : rows < s.height ? rows : s.height;
 }
 inline int64_t num_bands(const Shape& s) { return s.pixels() ? (s.height + band_rows(s) - 1) / band_rows(s) : 0; }
 
-// Words between the planes of a band: whole vectors on any machine, and an odd number of them, or channels at one
-// position would fall into the same sets of a cache.
+// Words between the planes of a band that lie row after row: whole vectors on any machine, and an odd number of them,
+// or channels at one position would fall into the same sets of a cache.
 inline int64_t plane_stride(const Shape& s) {
   return (((band_rows(s) * s.width + 31) / 32 + (2 * s.pad() * s.width + 31) / 32) | 1) * 32;
 }
+// What a layout (kernels.h) keeps: masks of the shifted planes, offsets of vectors.
+inline int64_t layout_words(const Shape& s) { return (s.kernel + 1) * plane_stride(s); }
 
 // A task of the gradient of the weight: a group of images and some channels of x.
-constexpr int64_t kGroupPositions = 512, kTaskChannels = 12;
+constexpr int64_t kGroupPositions = 1024, kTaskChannels = 12;
 inline int64_t images_of_group(const Shape& s) {
   const int64_t images = s.pixels() ? kGroupPositions / s.pixels() : 1;
   return images < 1 ? 1 : images < s.batch ? images : s.batch > 0 ? s.batch : 1;
 }
-inline int64_t num_groups(const Shape& s) { return (s.batch + images_of_group(s) - 1) / images_of_group(s); }
-
-// packed weights, masks of the shifted planes
-inline int64_t forward_workspace(const Shape& s) {
-  return packed_rows(s.num_out) * s.num_in * s.taps() + s.kernel * plane_stride(s);
+inline int64_t num_groups(const Shape& s) {  // one at least, whose sums are zero
+  return s.batch ? (s.batch + images_of_group(s) - 1) / images_of_group(s) : 1;
 }
-// packed weights, masks, the sums of each group, and dout at the size of x
+
+// packed weights, a layout
+inline int64_t forward_workspace(const Shape& s) {
+  return packed_rows(s.num_out) * s.num_in * s.taps() + layout_words(s);
+}
+// packed weights, two layouts, the sums of each group, and dout at the size of x
 inline int64_t backward_workspace(const Shape& s) {
-  return packed_rows(s.num_in) * s.num_out * s.taps() + s.kernel * plane_stride(s) +
+  return packed_rows(s.num_in) * s.num_out * s.taps() + 2 * layout_words(s) +
          num_groups(s) * s.num_out * (s.num_in * s.taps() + 1) + (s.scale - 1) * s.batch * s.num_out * s.pixels();
 }
 

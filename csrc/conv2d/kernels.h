@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: MIT
-// The kernels, for operands of type E::T. A task lays out some rows of an image as words: position p = y W + x of a
-// channel (of two channels beside each other, in bfloat16), with zeros above and below, once for every column of the
-// kernel, shifted and with zeros where the shift crosses the image's edge:
+// The kernels, for operands of type E::T. A task lays out some rows of an image as planes of words, with zeros above
+// and below; a word is a channel's position y W + x (two channels beside each other, in bfloat16). Where rows are whole
+// vectors there are zeros between them too, and a tap (i, j) of the kernel is the shift by i pitch + j. Elsewhere those
+// would fill vectors, and rows lie one after the other, once for every column of the kernel:
 //
-//     plane j at p = x at p + j - pad, or 0          tap (i, j) = plane j at + i W
+//     plane j at p = x at p + j - pad, or 0 where that crosses the edge          tap (i, j) = plane j at + i W
 //
-// so a tap is one constant shift, and no vector is spent on padding. The convolution goes over blocks of kRows channels
-// and kVecs vectors of positions in registers, the gradient of x is the same with the weights turned round, and the
-// gradient of a weight is the product of a plane of dout and a plane of x, whose lanes are positions in either dtype.
+// Either way a tap is one constant shift, and no vector is spent on padding. The convolution goes over blocks of kRows
+// channels and kVecs vectors of positions in registers, the gradient of x is the same with the weights turned round,
+// and the gradient of a weight is the product of a plane of dout and a plane of x, whose lanes are positions in either
+// dtype.
 #pragma once
 
 #include <type_traits>
@@ -24,8 +26,20 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 namespace {
 
 constexpr int kVecs = kLanes == 16 ? 4 : 2;     // of positions beside kRows channels
+constexpr int64_t kChunkBlocks = 4;             // of positions, before the next channels
 constexpr int kTapRows = kLanes == 16 ? 6 : 3;  // output channels, and weights of each, whose gradients are summed at a
 constexpr int kTaps = kLanes == 16 ? 4 : 3;     // time
+
+// A type of operands. A word is so many elements of channels at one position, or of positions of one channel.
+struct Float32 {
+  using T = float;
+  static constexpr int kPerWord = 1;
+
+  DF_INLINE VecF dot(VecF sum, VecU a, VecU b) { return sum + bit_cast<VecF>(a) * bit_cast<VecF>(b); }
+  DF_INLINE VecU join(VecF a, VecF) { return bit_cast<VecU>(a); }
+  DF_INLINE uint32_t join(float a, float) { return bit_cast<uint32_t>(a); }
+  DF_INLINE void store(float* to, VecF v) { storeu(to, v); }
+};
 
 // ---- loads and stores
 
@@ -69,20 +83,39 @@ DF_INLINE VecF relu_if(bool relu, VecF v) { return relu && v <= splat(0.0f) ? Ve
 
 // ---- what all tasks read
 
-// Positions of a band, and which of them lie in the image when they are shifted.
-struct Bands {
-  int64_t rows, count, stride;
-  const uint32_t* masks;  // [kernel, stride], all bits or none
+// Planes of a band, read in vectors of `step` words.
+struct Layout {
+  int64_t rows, count;            // of a band, of an image's bands
+  int64_t pitch, copies, stride;  // between rows; planes of a channel; between those
+  int64_t lead;                   // zeros before a row, 0: rows lie one after the other
+  const uint32_t* masks;          // [kernel, stride], all bits or none; null: nothing to hide
+  const uint32_t* offsets;        // of each vector
 
-  Bands(const Shape& s, uint32_t* memory) : rows(band_rows(s)), count(num_bands(s)), stride(plane_stride(s)) {
+  Layout(const Shape& s, int64_t step, float* memory) : rows(band_rows(s)), count(num_bands(s)) {
+    const bool rowed = s.kernel > 1 && s.width % step == 0 && s.pad() <= kLanes;
+    lead = rowed ? kLanes : 0;
+    pitch = s.width + lead;
+    copies = rowed ? 1 : s.kernel;
+    stride = rowed ? (round_up((rows + 2 * s.pad()) * pitch + lead, 32) / 32 | 1) * 32 : plane_stride(s);
+    uint32_t* const offset = reinterpret_cast<uint32_t*>(memory);
+    offsets = offset;
+    for (int64_t p = 0; p < rows * s.width; p += step)
+      offset[p / step] = static_cast<uint32_t>(rowed ? p / s.width * pitch + p % s.width : p);
+    masks = nullptr;
+    if (rowed || s.kernel == 1) return;
+    uint32_t* const mask = offset + plane_stride(s);
+    masks = mask;
     for (int64_t j = 0; j < s.kernel; ++j)
       for (int64_t x = 0, p = 0; p < stride; ++p, x = x + 1 == s.width ? 0 : x + 1) {
         const int64_t from = x + j - s.pad();
-        memory[j * stride + p] = from >= 0 && from < s.width ? ~0u : 0u;
+        mask[j * stride + p] = from >= 0 && from < s.width ? ~0u : 0u;
       }
-    masks = memory;
   }
   int64_t positions(const Shape& s, int64_t y) const { return (s.height - y < rows ? s.height - y : rows) * s.width; }
+  int64_t shift(const Shape& s, int64_t tap, int64_t plane) const {
+    const int64_t i = tap / s.kernel, j = tap % s.kernel;
+    return i * pitch + (lead ? lead + j - s.pad() : j * plane);
+  }
 };
 
 // Words of `channels` that multiply one word of E.
@@ -117,94 +150,144 @@ void pack(uint32_t* to, const Weight& weight, const Shape& s) {
 
 // ---- planes
 
-// f(plane, position in it, position in the image, mask) for all vectors of a channel's planes, whose first position is
-// `first` in the image
-template <typename F>
-DF_INLINE void for_each_shifted(const Bands& bands, const Shape& s, int64_t first, F f) {
-  for (int64_t j = 0; j < s.kernel; ++j)
-    for (int64_t p = 0; p < bands.stride; p += kLanes)
-      f(j, p, first + p + j - s.pad(), load_word(bands.masks + j * bands.stride + p));
+// The planes of a channel from row y of its image on: store(plane, place, load(position in the image) and mask).
+template <typename Load, typename Store>
+DF_INLINE void for_each_vector(const Layout& layout, const Shape& s, int64_t y, Load load, Store store) {
+  if (layout.lead) {
+    int64_t to = 0;
+    for (int64_t row = y - s.pad(); row < y + layout.rows + s.pad(); ++row) {
+      store(0, to, VecU{});
+      const bool inside = row >= 0 && row < s.height;
+      for (int64_t x = 0; x < s.width; x += kLanes)
+        store(0, to + kLanes + x, inside ? load(row * s.width + x) : VecU{});
+      to += layout.pitch;
+    }
+    store(0, to, VecU{});
+    return;
+  }
+  for (int64_t j = 0; j < layout.copies; ++j)
+    for (int64_t p = 0; p < layout.stride; p += kLanes) {
+      const VecU v = load((y - s.pad()) * s.width + p + j - s.pad());
+      store(j, p, layout.masks ? v & load_word(layout.masks + j * layout.stride + p) : v);
+    }
 }
 
-// Words of an image [channels, H W] from row y on: [words, kernel, stride].
+// Words of an image [channels, H W] from row y on: [words, copies, stride].
 template <typename E>
-void lay_out(uint32_t* to, const typename E::T* image, const Bands& bands, const Shape& s, int64_t channels, int64_t y,
-             bool relu) {
+void lay_out(uint32_t* to, const typename E::T* image, const Layout& layout, const Shape& s, int64_t channels,
+             int64_t y, bool relu) {
   const int64_t pixels = s.pixels();
-  for (int64_t c = 0; c < channels; c += E::kPerWord, to += s.kernel * bands.stride) {
+  for (int64_t c = 0; c < channels; c += E::kPerWord, to += layout.copies * layout.stride) {
     const typename E::T* const plane = image + c * pixels;
     const bool second = E::kPerWord == 2 && c + 1 < channels;
-    for_each_shifted(bands, s, (y - s.pad()) * s.width, [&](int64_t j, int64_t p, int64_t from, VecU mask) {
-      const VecF a = relu_if(relu, load_within(plane, from, pixels));
-      const VecF b = second ? relu_if(relu, load_within(plane + pixels, from, pixels)) : VecF{};
-      const VecU word = E::join(a, b) & mask;
-      __builtin_memcpy(to + j * bands.stride + p, &word, sizeof word);
-    });
+    for_each_vector(
+        layout, s, y,
+        [&](int64_t at) {
+          const VecF a = relu_if(relu, load_within(plane, at, pixels));
+          return E::join(a, second ? relu_if(relu, load_within(plane + pixels, at, pixels)) : VecF{});
+        },
+        [&](int64_t j, int64_t p, VecU word) { __builtin_memcpy(to + j * layout.stride + p, &word, sizeof word); });
   }
 }
 
-// Elements of some channels of x in the images of a group: [channels, kernel, images, stride].
+// Elements of some channels of x in the images of a group: [channels, copies, images, stride].
 template <typename E>
-void lay_out_elements(typename E::T* to, const typename E::T* x, const Bands& bands, const Shape& s, int64_t channels,
+void lay_out_elements(typename E::T* to, const typename E::T* x, const Layout& layout, const Shape& s, int64_t channels,
                       int64_t images, int64_t y, bool relu) {
-  const int64_t plane = images * bands.stride;
-  for (int64_t c = 0; c < channels; ++c, to += s.kernel * plane)
+  const int64_t plane = images * layout.stride;
+  for (int64_t c = 0; c < channels; ++c, to += layout.copies * plane)
     for (int64_t i = 0; i < images; ++i) {
       const typename E::T* const from = x + (i * s.num_in + c) * s.pixels();
-      for_each_shifted(bands, s, (y - s.pad()) * s.width, [&](int64_t j, int64_t p, int64_t at, VecU mask) {
-        const VecF v = relu_if(relu, load_within(from, at, s.pixels()));
-        E::store(to + j * plane + i * bands.stride + p, bit_cast<VecF>(bit_cast<VecU>(v) & mask));
-      });
+      for_each_vector(
+          layout, s, y, [&](int64_t at) { return bit_cast<VecU>(relu_if(relu, load_within(from, at, s.pixels()))); },
+          [&](int64_t j, int64_t p, VecU v) { E::store(to + j * plane + i * layout.stride + p, bit_cast<VecF>(v)); });
     }
 }
 
 // ---- the convolution
 
-// kRows channels at V vectors of positions: store(channel of these, first position, sums over words and taps).
-template <typename E, int V, typename Store>
-DF_INLINE void convolve_block(const uint32_t* planes, int64_t stride, const uint32_t* weight, const int64_t* shifts,
-                              int64_t depth, int64_t taps, Store store) {
+// Planes that a convolution reads: words of `depth` channels, `stride` apart.
+struct Source {
+  const uint32_t* data;
+  int64_t depth, stride;
+};
+
+// kRows channels at V vectors of positions: store(channel of these, vector, sums over words and taps).
+template <typename E, int V, bool kRelu, typename Store>
+DF_INLINE void convolve_block(const Source& planes, const uint32_t* offsets, const uint32_t* weight,
+                              const int64_t* shifts, int64_t taps, Store store) {
   VecF acc[kRows][V] = {};
-  for (int64_t k = 0; k < depth; ++k, planes += stride)
+  const uint32_t* from[V];
+  for (int v = 0; v < V; ++v) from[v] = planes.data + offsets[v];
+  for (int64_t k = 0; k < planes.depth; ++k)
     for (int64_t tap = 0; tap < taps; ++tap, weight += kRows) {
-      const uint32_t* const from = planes + shifts[tap];
+      const int64_t at = k * planes.stride + shifts[tap];
       VecU x[V];
-      for (int v = 0; v < V; ++v) x[v] = load_word(from + v * kLanes);
+      for (int v = 0; v < V; ++v) x[v] = load_word(from[v] + at);
+      if (kRelu)
+        for (int v = 0; v < V; ++v) x[v] = bit_cast<VecU>(relu_if(true, bit_cast<VecF>(x[v])));
       for (int r = 0; r < kRows; ++r) {
         const VecU w = splat_u(weight[r]);
         for (int v = 0; v < V; ++v) acc[r][v] = E::dot(acc[r][v], w, x[v]);
       }
     }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < V; ++v) store(r, v * kLanes, acc[r][v]);
+    for (int v = 0; v < V; ++v) store(r, v, acc[r][v]);
 }
 
-// store(channel, position, sums, how many are of the band) for all channels of a band.
-template <typename E, typename Store>
-void convolve(const uint32_t* planes, const Bands& bands, const Shape& s, const uint32_t* weight, int64_t depth,
-              int64_t channels, int64_t positions, Store store) {
+// store(channel, position, sums, how many are of the band) for all channels of a band. Some blocks of positions stay in
+// the nearest caches while the channels go by, and are enough for a channel's stores to be a stream.
+template <typename E, bool kRelu, typename Store>
+void convolve(const Source& planes, const Layout& layout, const Shape& s, const uint32_t* weight, int64_t channels,
+              int64_t positions, Store store) {
   int64_t* const shifts = static_cast<int64_t*>(__builtin_alloca(static_cast<std::size_t>(s.taps()) * sizeof(int64_t)));
-  for (int64_t tap = 0; tap < s.taps(); ++tap)
-    shifts[tap] = tap % s.kernel * bands.stride + tap / s.kernel * s.width;
-  int64_t p = 0;
-  const auto blocks = [&](auto vecs) {
-    constexpr int V = decltype(vecs)::value;
-    for (; p + (V - 1) * kLanes < positions; p += V * kLanes)
-      for (int64_t c = 0; c < channels; c += kRows)
-        convolve_block<E, V>(planes + p, s.kernel * bands.stride, weight + c * depth * s.taps(), shifts, depth,
-                             s.taps(), [&](int r, int64_t q, VecF sum) {
-                               if (c + r < channels) store(c + r, p + q, sum, positions - p - q);
-                             });
-  };
-  blocks(std::integral_constant<int, kVecs>());
-  if constexpr (kVecs > 2) blocks(std::integral_constant<int, 2>());
-  blocks(std::integral_constant<int, 1>());
+  for (int64_t tap = 0; tap < s.taps(); ++tap) shifts[tap] = layout.shift(s, tap, layout.stride);
+  const int64_t vectors = (positions + kLanes - 1) / kLanes;
+  for (int64_t begin = 0; begin < vectors; begin += kChunkBlocks * kVecs) {
+    const int64_t end = begin + kChunkBlocks * kVecs < vectors ? begin + kChunkBlocks * kVecs : vectors;
+    for (int64_t c = 0; c < channels; c += kRows) {
+      const uint32_t* const w = weight + c * planes.depth * s.taps();
+      int64_t u = begin;
+      const auto blocks = [&](auto vecs) {
+        constexpr int V = decltype(vecs)::value;
+        for (; u + V <= end; u += V)
+          convolve_block<E, V, kRelu>(planes, layout.offsets + u, w, shifts, s.taps(), [&](int r, int v, VecF sum) {
+            const int64_t p = (u + v) * kLanes;
+            if (c + r < channels) store(c + r, p, sum, positions - p);
+          });
+      };
+      blocks(std::integral_constant<int, kVecs>());
+      if constexpr (kVecs > 2) blocks(std::integral_constant<int, 2>());
+      blocks(std::integral_constant<int, 1>());
+    }
+  }
+}
+
+// The same for a band of an image [num_channels, H W] from row y on, which is read where it lies if that can be.
+template <typename E, typename Store>
+void convolve_image(const typename E::T* image, int64_t num_channels, int64_t y, const Layout& layout, const Shape& s,
+                    bool relu, const uint32_t* weight, int64_t channels, Store store) {
+  static thread_local ThreadScratch memory;
+  const int64_t positions = layout.positions(s, y), depth = words<E>(num_channels),
+                stride = layout.copies * layout.stride;
+  if (E::kPerWord == 1 && s.kernel == 1 && positions % kLanes == 0) {
+    const Source planes{reinterpret_cast<const uint32_t*>(image + y * s.width), depth, s.pixels()};
+    if (relu)
+      convolve<E, true>(planes, layout, s, weight, channels, positions, store);
+    else
+      convolve<E, false>(planes, layout, s, weight, channels, positions, store);
+    return;
+  }
+  uint32_t* const planes = reinterpret_cast<uint32_t*>(memory.floats(depth * stride));
+  lay_out<E>(planes, image, layout, s, num_channels, y, relu);
+  convolve<E, false>({planes, depth, stride}, layout, s, weight, channels, positions, store);
 }
 
 // f(image, first row) for each band, on all threads
 template <typename F>
-void for_each_band(const Bands& bands, const Shape& s, F f) {
-  parallel_for(s.batch * bands.count, [&](int64_t task) { f(task / bands.count, task % bands.count * bands.rows); });
+void for_each_band(const Layout& layout, const Shape& s, F f) {
+  parallel_for(s.batch * layout.count,
+               [&](int64_t task) { f(task / layout.count, task % layout.count * layout.rows); });
 }
 
 // ---- scale 2
@@ -276,40 +359,44 @@ struct Images {
 // to[r][j] (+)= sum over images and positions of dout[r] * x[j], for R planes of dout and J shifted ones of x.
 template <typename E, int R, int J>
 DF_INLINE void correlate(float* to, int64_t to_stride, const Images<typename E::T>& dout,
-                         const typename E::T* const* sources, int64_t x_image, int64_t images, int64_t positions,
+                         const typename E::T* const* sources, const Layout& layout, int64_t images, int64_t vectors,
                          bool add) {
   VecF acc[R][J] = {};
   for (int64_t i = 0; i < images; ++i)
-    for (int64_t p = 0; p < positions; p += kLanes * E::kPerWord) {
+    for (int64_t u = 0; u < vectors; ++u) {
+      const int64_t at = i * layout.stride + layout.offsets[u], dout_at = i * dout.image + u * kLanes * E::kPerWord;
       VecU x[J];
-      for (int j = 0; j < J; ++j) x[j] = load_word(sources[j] + i * x_image + p);
+      for (int j = 0; j < J; ++j) x[j] = load_word(sources[j] + at);
       for (int r = 0; r < R; ++r) {
-        const VecU d = load_word(dout.data + r * dout.plane + i * dout.image + p);
+        const VecU d = load_word(dout.data + r * dout.plane + dout_at);
         for (int j = 0; j < J; ++j) acc[r][j] = E::dot(acc[r][j], d, x[j]);
       }
     }
-  for (int first = 0; first < R * J; first += kLanes) {
-    VecF some[kLanes] = {};
-    for (int i = 0; i < kLanes && first + i < R * J; ++i) some[i] = acc[(first + i) / J][(first + i) % J];
-    const VecF sums = hsum_each(some);
-    for (int i = 0; i < kLanes && first + i < R * J; ++i) {
-      float& sum = to[(first + i) / J * to_stride + (first + i) % J];
-      sum = add ? sum + sums[i] : sums[i];
+  constexpr int kSums = (R * J + kLanes - 1) / kLanes;
+  VecF flat[kSums][kLanes];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < J; ++j) flat[(r * J + j) / kLanes][(r * J + j) % kLanes] = acc[r][j];
+  for (int i = R * J; i < kSums * kLanes; ++i) flat[i / kLanes][i % kLanes] = VecF{};
+  float sums[kSums * kLanes];
+  for (int i = 0; i < kSums; ++i) storeu(sums + i * kLanes, hsum_each(flat[i]));
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < J; ++j) {
+      float& sum = to[r * to_stride + j];
+      sum = add ? sum + sums[r * J + j] : sums[r * J + j];
     }
-  }
 }
 
 // [num_out, count], rows to_stride apart, for `count` sources
 template <typename E>
 void correlate_all(float* to, int64_t to_stride, Images<typename E::T> dout, const typename E::T* const* sources,
-                   int64_t x_image, int64_t count, int64_t num_out, int64_t images, int64_t positions, bool add) {
+                   const Layout& layout, int64_t count, int64_t num_out, int64_t images, int64_t vectors, bool add) {
   const auto rows = [&](auto height) {
     constexpr int R = decltype(height)::value;
     int64_t j = 0;
     const auto blocks = [&](auto width) {
       constexpr int J = decltype(width)::value;
       for (; j + J <= count; j += J)
-        correlate<E, R, J>(to + j, to_stride, dout, sources + j, x_image, images, positions, add);
+        correlate<E, R, J>(to + j, to_stride, dout, sources + j, layout, images, vectors, add);
     };
     blocks(std::integral_constant<int, kTaps>());
     blocks(std::integral_constant<int, 2>());
@@ -326,41 +413,41 @@ void correlate_all(float* to, int64_t to_stride, Images<typename E::T> dout, con
 
 // Sums of each group: [num_out, num_in * taps] of the weight, then [num_out] of the bias.
 template <typename E>
-void weight_gradients(float* partial, const typename E::T* dout, const typename E::T* x, const Bands& bands,
+void weight_gradients(float* partial, const typename E::T* dout, const typename E::T* x, const Layout& layout,
                       const Shape& s, bool relu) {
   using T = typename E::T;
   constexpr int64_t kStep = kLanes * E::kPerWord;
   const int64_t count = s.num_in * s.taps(), group = images_of_group(s);
-  const int64_t chunks = (s.num_in + kTaskChannels - 1) / kTaskChannels;
+  const int64_t chunks = s.num_in ? (s.num_in + kTaskChannels - 1) / kTaskChannels : 1;
   parallel_for(num_groups(s) * chunks, [&](int64_t task) {
     static thread_local ThreadScratch memory;
     const int64_t first = task / chunks * group, images = s.batch - first < group ? s.batch - first : group;
     const int64_t c = task % chunks * kTaskChannels;
     const int64_t channels = s.num_in - c < kTaskChannels ? s.num_in - c : kTaskChannels;
     float* const to = partial + task / chunks * s.num_out * (count + 1);
-    const int64_t image = bands.stride, plane = images * image, sources_count = channels * s.taps();
-    const int64_t head = round_up(2 * sources_count, 16), planes = (channels * s.kernel + s.num_out) * plane;
+    const int64_t image = layout.stride, plane = images * image, sources_count = channels * s.taps();
+    const int64_t head = round_up(2 * sources_count, 16), planes = (channels * layout.copies + s.num_out) * plane;
     const T** const sources = reinterpret_cast<const T**>(memory.floats(head + planes));
     T* const laid_out = reinterpret_cast<T*>(reinterpret_cast<float*>(sources) + head);
-    T* const copy = laid_out + channels * s.kernel * plane;
-    for (int64_t j = 0; j < sources_count; ++j) {
-      const int64_t tap = j % s.taps();
-      sources[j] = laid_out + (j / s.taps() * s.kernel + tap % s.kernel) * plane + tap / s.kernel * s.width;
-    }
-    for (int64_t y = 0; y < s.height; y += bands.rows) {
-      const int64_t positions = bands.positions(s, y);
-      lay_out_elements<E>(laid_out, x + (first * s.num_in + c) * s.pixels(), bands, s, channels, images, y, relu);
+    T* const copy = laid_out + channels * layout.copies * plane;
+    for (int64_t j = 0; j < sources_count; ++j)
+      sources[j] = laid_out + j / s.taps() * layout.copies * plane + layout.shift(s, j % s.taps(), plane);
+    int64_t y = 0;
+    do {
+      const int64_t positions = layout.positions(s, y), vectors = (positions + kStep - 1) / kStep;
+      lay_out_elements<E>(laid_out, x + (first * s.num_in + c) * s.pixels(), layout, s, channels, images, y, relu);
       Images<T> d{dout + first * s.num_out * s.pixels() + y * s.width, s.pixels(), s.num_out * s.pixels()};
       if (positions % kStep) {  // zeros after the last position
         for (int64_t k = 0; k < s.num_out; ++k)
           for (int64_t i = 0; i < images; ++i) {
             T* const zeros = copy + k * plane + i * image;
-            __builtin_memcpy(zeros, d.data + k * d.plane + i * d.image, static_cast<std::size_t>(positions) * sizeof(T));
+            __builtin_memcpy(zeros, d.data + k * d.plane + i * d.image,
+                             static_cast<std::size_t>(positions) * sizeof(T));
             __builtin_memset(zeros + positions, 0, static_cast<std::size_t>(image - positions) * sizeof(T));
           }
         d = {copy, plane, image};
       }
-      correlate_all<E>(to + c * s.taps(), count, d, sources, image, sources_count, s.num_out, images, positions, y > 0);
+      correlate_all<E>(to + c * s.taps(), count, d, sources, layout, sources_count, s.num_out, images, vectors, y > 0);
       if (c > 0) continue;
       for (int64_t k = 0; k < s.num_out; ++k) {
         VecF sum = {};
@@ -370,7 +457,7 @@ void weight_gradients(float* partial, const typename E::T* dout, const typename 
         float& db = to[s.num_out * count + k];
         db = y > 0 ? db + hsum(sum) : hsum(sum);
       }
-    }
+    } while ((y += layout.rows) < s.height);
   });
 }
 
@@ -380,34 +467,33 @@ template <typename E>
 void run_forward(const ForwardParams& p) {
   using T = typename E::T;
   const Shape& s = p.shape;
-  const int64_t depth = words<E>(s.num_in), pixels = s.pixels() * s.scale * s.scale;
+  const int64_t pixels = s.pixels() * s.scale * s.scale;
   uint32_t* const weight = reinterpret_cast<uint32_t*>(p.workspace);
   pack<E, false>(weight, p.weight, s);
-  const Bands bands(s, weight + packed_rows(s.num_out) * depth * s.taps());
-  for_each_band(bands, s, [&](int64_t image, int64_t y) {
-    static thread_local ThreadScratch memory;
-    const int64_t size = depth * s.kernel * bands.stride, positions = bands.positions(s, y);
-    float* const low = memory.floats(size + s.num_out * bands.stride + kLanes) + size;
-    uint32_t* const planes = reinterpret_cast<uint32_t*>(low - size);
-    lay_out<E>(planes, static_cast<const T*>(p.x) + image * s.num_in * s.pixels(), bands, s, s.num_in, y, p.relu);
+  const Layout layout(s, kLanes, p.workspace + packed_rows(s.num_out) * s.num_in * s.taps());
+  for_each_band(layout, s, [&](int64_t image, int64_t y) {
+    const T* const x = static_cast<const T*>(p.x) + image * s.num_in * s.pixels();
     T* const out = static_cast<T*>(p.out) + image * s.num_out * pixels;
     const T* const residual = p.residual ? static_cast<const T*>(p.residual) + image * s.num_out * pixels : nullptr;
+    const auto result = [&](int64_t c, VecF sum) { return splat(p.gain) * (sum + splat(p.bias[c])); };
     if (s.scale == 1) {
-      convolve<E>(planes, bands, s, weight, depth, s.num_out, positions,
-                  [&](int64_t c, int64_t at, VecF sum, int64_t n) {
-                    const int64_t to = c * pixels + y * s.width + at;
-                    VecF v = splat(p.gain) * (sum + splat(p.bias[c]));
-                    if (residual) v += load_part(residual + to, n);
-                    store_part<E>(out + to, v, n);
-                  });
+      convolve_image<E>(x, s.num_in, y, layout, s, p.relu, weight, s.num_out,
+                        [&](int64_t c, int64_t at, VecF sum, int64_t n) {
+                          const int64_t to = c * pixels + y * s.width + at;
+                          VecF v = result(c, sum);
+                          if (residual) v += load_part(residual + to, n);
+                          store_part<E>(out + to, v, n);
+                        });
       return;
     }
-    convolve<E>(planes, bands, s, weight, depth, s.num_out, positions, [&](int64_t c, int64_t at, VecF sum, int64_t) {
-      storeu(low + c * bands.stride + at, splat(p.gain) * (sum + splat(p.bias[c])));
-    });
+    static thread_local ThreadScratch memory;
+    float* const low = memory.floats(s.num_out * layout.stride + kLanes);
+    convolve_image<E>(
+        x, s.num_in, y, layout, s, p.relu, weight, s.num_out,
+        [&](int64_t c, int64_t at, VecF sum, int64_t) { storeu(low + c * layout.stride + at, result(c, sum)); });
     for (int64_t c = 0; c < s.num_out; ++c)
-      expand<E>(out + c * pixels, residual ? residual + c * pixels : nullptr, low + c * bands.stride, y,
-                positions / s.width, s.width);
+      expand<E>(out + c * pixels, residual ? residual + c * pixels : nullptr, low + c * layout.stride, y,
+                layout.positions(s, y) / s.width, s.width);
   });
 }
 
@@ -415,11 +501,9 @@ template <typename E>
 void run_backward(const BackwardParams& p) {
   using T = typename E::T;
   const Shape& s = p.shape;
-  const int64_t depth = words<E>(s.num_out), sums = s.num_out * (s.num_in * s.taps() + 1);
-  uint32_t* const weight = reinterpret_cast<uint32_t*>(p.workspace);
-  uint32_t* const masks = weight + packed_rows(s.num_in) * depth * s.taps();
-  float* const partial = p.workspace + (masks - weight) + s.kernel * plane_stride(s);
-  const Bands bands(s, masks);
+  const int64_t sums = s.num_out * (s.num_in * s.taps() + 1);
+  float* const layouts = p.workspace + packed_rows(s.num_in) * s.num_out * s.taps();
+  float* const partial = layouts + 2 * layout_words(s);
   const T* const x = static_cast<const T*>(p.x);
   const T* dout = static_cast<const T*>(p.dout);
   if (s.scale == 2) {
@@ -428,33 +512,39 @@ void run_backward(const BackwardParams& p) {
     dout = pooled;
   }
   if (p.dx) {
+    uint32_t* const weight = reinterpret_cast<uint32_t*>(p.workspace);
     pack<E, true>(weight, p.weight, s);
-    for_each_band(bands, s, [&](int64_t image, int64_t y) {
-      static thread_local ThreadScratch memory;
-      uint32_t* const planes = reinterpret_cast<uint32_t*>(memory.floats(depth * s.kernel * bands.stride));
-      lay_out<E>(planes, dout + image * s.num_out * s.pixels(), bands, s, s.num_out, y, false);
-      convolve<E>(planes, bands, s, weight, depth, s.num_in, bands.positions(s, y),
-                  [&](int64_t c, int64_t at, VecF sum, int64_t n) {
-                    const int64_t to = (image * s.num_in + c) * s.pixels() + y * s.width + at;
-                    VecF v = splat(p.gain) * sum;
-                    if (p.relu) v = load_part(x + to, n) <= splat(0.0f) ? VecF{} : v;
-                    store_part<E>(static_cast<T*>(p.dx) + to, v, n);
-                  });
+    const Layout layout(s, kLanes, layouts);
+    for_each_band(layout, s, [&](int64_t image, int64_t y) {
+      const int64_t first = image * s.num_in * s.pixels() + y * s.width;
+      convolve_image<E>(dout + image * s.num_out * s.pixels(), s.num_out, y, layout, s, false, weight, s.num_in,
+                        [&](int64_t c, int64_t at, VecF sum, int64_t n) {
+                          const int64_t to = first + c * s.pixels() + at;
+                          VecF v = splat(p.gain) * sum;
+                          if (p.relu) v = load_part(x + to, n) <= splat(0.0f) ? VecF{} : v;
+                          store_part<E>(static_cast<T*>(p.dx) + to, v, n);
+                        });
     });
   }
   if (!p.dbias) return;
-  weight_gradients<E>(partial, dout, x, bands, s, p.relu);
-  const int64_t count = s.num_in * s.taps();
-  parallel_chunks(sums, 4 * kLanes, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      float sum = 0.0f;
-      for (int64_t group = 0; group < num_groups(s); ++group) sum += partial[group * sums + j];
-      const bool bias = j >= s.num_out * count;
-      float* const to = bias ? p.dbias + (j - s.num_out * count)
-                             : p.dweight.at(s, j / count, j % count / s.taps(), j % s.taps());
-      *to = p.gain * sum;
-    }
-  });
+  weight_gradients<E>(partial, dout, x, Layout(s, kLanes * E::kPerWord, layouts + layout_words(s)), s, p.relu);
+  const int64_t count = s.num_in * s.taps(), groups = num_groups(s);
+  parallel_for(
+      s.num_out + 1,  // rows of the weight, and the bias
+      [&](int64_t row) {
+        float* const total = partial + row * count;
+        const int64_t n = row < s.num_out ? count : s.num_out;
+        for (int64_t j = 0; j < n; j += kLanes) {
+          VecF sum = {};
+          for (int64_t group = 0; group < groups; ++group) sum += load_part(total + group * sums + j, n - j);
+          store_part<Float32>(total + j, splat(p.gain) * sum, n - j);
+        }
+        if (row == s.num_out)
+          return static_cast<void>(__builtin_memcpy(p.dbias, total, static_cast<std::size_t>(n) * 4));
+        for (int64_t c = 0; c < s.num_in; ++c)
+          for (int64_t tap = 0; tap < s.taps(); ++tap) *p.dweight.at(s, row, c, tap) = total[c * s.taps() + tap];
+      },
+      groups * sums > kSerialBelow);
 }
 
 }  // namespace
