@@ -29,10 +29,10 @@ def conv2d(
 ) -> torch.Tensor:
     """residual + gain * conv2d(relu(x), weight, bias): stride 1, odd kernel, zero padding that keeps the size.
 
-    The convolutions of the dVAE's residual blocks (paper appendix A.1). On CPU, in float32 and bfloat16, one kernel reads
-    `x` and writes the sum; the backward pass keeps `x` alone. "auto" takes it for up to 48 channels on one side, and
-    torch's ops for everything else. Sums are float32. Under torch.autocast `x` and the weight are rounded to the autocast
-    dtype, as with F.conv2d, but not the bias, the gradients of both, or the convolution before it is added.
+    The convolutions of the dVAE's residual blocks (paper appendix A.1). On CPU, in float32 and bfloat16, one kernel
+    reads `x` and writes the sum; the backward pass keeps `x` alone. "auto" takes it for up to 48 channels on one side,
+    and torch's ops for everything else. Sums are float32. Under torch.autocast `x` and the weight are rounded to the
+    autocast dtype, as with F.conv2d, but not the bias, the gradients of both, or the convolution before it is added.
 
     Args:
         x: [B, C, H, W] floating.
@@ -71,7 +71,7 @@ def conv2d(
     x = x.to(dtype)
     if upsample and weight.shape[-1] > 1:
         x, upsample = F.interpolate(x, scale_factor=2, mode="nearest"), False
-    return op.conv2d(x, weight, bias, residual, gain, relu, 1 + upsample)
+    return op.run_conv2d(x, weight, bias, residual, gain, relu, 1 + upsample)
 
 
 def _operand_dtype(x: torch.Tensor) -> torch.dtype:
