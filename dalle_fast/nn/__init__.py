@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .dvae import Conv2d, DecoderBlock, EncoderBlock
+from .dvae import Conv2d, DecoderBlock, EncoderBlock, MaxPool2d
 from .losses import categorical_kl, logit_laplace_nll, map_pixels, unmap_pixels
 from .precision import Linear, full_precision, scaled_branch
 from .transformer import Noise, TransformerBlock
@@ -13,6 +13,7 @@ __all__ = [
     "DecoderBlock",
     "EncoderBlock",
     "Linear",
+    "MaxPool2d",
     "Noise",
     "TransformerBlock",
     "categorical_kl",
