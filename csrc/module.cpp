@@ -20,6 +20,7 @@ void bind_dropout(pybind11::module_&);
 void bind_gumbel_softmax(pybind11::module_&);
 void bind_householder(pybind11::module_& m);
 void bind_linear_cross_entropy(pybind11::module_&);
+void bind_max_pool2d(pybind11::module_&);
 void bind_minifloat(pybind11::module_&);
 void bind_null(pybind11::module_&);
 void bind_powersgd(pybind11::module_& m);
@@ -61,6 +62,7 @@ PYBIND11_MODULE(DF_MODULE, m) {
   bind_gumbel_softmax(m);
   bind_householder(m);
   bind_linear_cross_entropy(m);
+  bind_max_pool2d(m);
   bind_minifloat(m);
   bind_null(m);
   bind_powersgd(m);

@@ -53,18 +53,55 @@ def test_a_residual_block_equals_its_layers(block):
             )
         id_path = F.conv2d(x, module.id_path.w, module.id_path.b)
         torch.testing.assert_close(actual, id_path + module.post_gain * h)
-    assert type(actual.grad_fn).__name__.startswith("GeneratedBackwardFor_dalle_fast_conv2d")
+    assert type(actual.grad_fn).__name__ == "_Conv2dBackward"
 
 
-def test_other_dtypes_autocast_and_many_channels_are_torchs():
+def test_other_dtypes_and_many_channels_are_torchs():
     wide = arguments(num_in=MAX_CHANNELS + 1, num_out=MAX_CHANNELS + 1)
     assert torch.equal(conv2d(*wide), conv2d_reference(*wide))
     double = arguments(dtype=torch.float64)
     assert torch.equal(conv2d(*double), conv2d_reference(*double))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert conv2d(*arguments()).dtype == torch.bfloat16
-        with pytest.raises(RuntimeError, match="cannot run conv2d: it takes float32, outside autocast"):
+    with torch.autocast("cpu", torch.float16):
+        assert conv2d(*arguments()).dtype == torch.float16
+        with pytest.raises(RuntimeError, match="cannot run conv2d: it takes float32 and bfloat16"):
             conv2d(*arguments(), backend="cpu")
+    x, weight, bias = arguments()
+    with pytest.raises(RuntimeError, match="all of one dtype outside autocast"):
+        conv2d(x.bfloat16(), weight, bias, backend="cpu")
+
+
+@pytest.mark.parametrize("level", [0, 3, 4, 5, 6])
+def test_autocast_rounds_x_and_weight_and_keeps_gradients_of_weights_in_float32(level):
+    if level > _backend._C.best_cpu_level():
+        pytest.skip(f"this processor has no level {level}")
+    args = [t.requires_grad_() for t in arguments(num_in=5, num_out=7, size=9)]
+    residual = torch.randn(2, 7, 9, 9, dtype=torch.bfloat16)
+    exact = [t.detach().bfloat16().double().requires_grad_() for t in args[:2]]
+    exact.append(args[2].detach().double().requires_grad_())
+    expected = conv2d_reference(*exact, residual.double(), gain=0.5, relu=True)
+    upstream = torch.randn_like(residual)
+    expected_grads = torch.autograd.grad(expected, exact, upstream.double())
+    _backend._C.set_cpu_level(level)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = conv2d(*args, residual, gain=0.5, relu=True, backend="cpu")
+        grads = torch.autograd.grad(out, args, upstream)
+    finally:
+        _backend._C.set_cpu_level(_backend._C.best_cpu_level())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), expected, rtol=8e-3, atol=8e-3)
+    for grad, wanted, rtol in zip(grads, expected_grads, (8e-3, 1e-4, 1e-4), strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad.double(), wanted, rtol=rtol, atol=rtol)
+
+
+def test_the_weights_gradient_lies_as_the_weight():
+    x, weight, bias = arguments()
+    weight = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
+    (grad,) = torch.autograd.grad(conv2d(x, weight, bias, backend="cpu").sum(), weight)
+    assert grad.stride() == weight.stride()
+    (expected,) = torch.autograd.grad(conv2d_reference(x, weight, bias).sum(), weight)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_errors_name_the_argument():

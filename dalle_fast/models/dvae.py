@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..nn import Conv2d, DecoderBlock, EncoderBlock, full_precision, logit_laplace_nll, map_pixels, unmap_pixels
+from ..nn import (
+    Conv2d,
+    DecoderBlock,
+    EncoderBlock,
+    MaxPool2d,
+    full_precision,
+    logit_laplace_nll,
+    map_pixels,
+    unmap_pixels,
+)
 from ..ops import vq_bottleneck
 
 
@@ -94,7 +103,7 @@ def _encoder(config: DVAEConfig) -> _Coder:
         num_out = config.width * 2**g
         group = _group(EncoderBlock, num_in, num_out, config)
         if g + 1 < config.num_groups:
-            group.add_module("pool", nn.MaxPool2d(2))
+            group.add_module("pool", MaxPool2d())
         blocks[f"group_{g + 1}"] = group
         num_in = num_out
     head = Conv2d(num_in, config.vocab_size, 1, full_precision=True)

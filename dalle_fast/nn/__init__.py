@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .dvae import Conv2d, DecoderBlock, EncoderBlock
+from .dvae import Conv2d, DecoderBlock, EncoderBlock, MaxPool2d
 from .embedding import Embedding
 from .losses import categorical_kl, logit_laplace_nll, map_pixels, unmap_pixels
 from .precision import Linear, full_precision, scaled_branch
@@ -15,6 +15,7 @@ __all__ = [
     "Embedding",
     "EncoderBlock",
     "Linear",
+    "MaxPool2d",
     "Noise",
     "TransformerBlock",
     "categorical_kl",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import conv2d
+from ..ops import conv2d, max_pool2d
 from ..ops.conv2d import has_kernel
 from .precision import full_precision
 
@@ -42,6 +42,14 @@ class Conv2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.w.shape[1]}, {self.w.shape[0]}, kernel={self.kernel}"
+
+
+class MaxPool2d(nn.Module):
+    """The largest of each two by two pixels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, C, H // 2, W // 2]."""
+        return max_pool2d(x)
 
 
 class _Block(nn.Module):

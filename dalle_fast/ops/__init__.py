@@ -9,6 +9,7 @@ from .dropout import dropout
 from .gumbel_softmax import gumbel_softmax
 from .householder import orthonormalize
 from .linear_cross_entropy import linear_cross_entropy
+from .max_pool2d import max_pool2d
 from .minifloat import minifloat_decode, minifloat_encode
 from .null import null
 from .pattern import AttentionPattern
@@ -23,6 +24,7 @@ __all__ = [
     "dropout",
     "gumbel_softmax",
     "linear_cross_entropy",
+    "max_pool2d",
     "minifloat_decode",
     "minifloat_encode",
     "null",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .. import _backend
 from .._autocast import is_autocast
@@ -12,6 +13,7 @@ from .reference import conv2d_reference
 
 # Up to so many channels on one of the sides. Beyond, a library's vectors of channels are as full as ours of pixels.
 MAX_CHANNELS = 48
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def conv2d(
@@ -27,9 +29,10 @@ def conv2d(
 ) -> torch.Tensor:
     """residual + gain * conv2d(relu(x), weight, bias): stride 1, odd kernel, zero padding that keeps the size.
 
-    The convolutions of the dVAE's residual blocks (paper appendix A.1). On CPU, in float32, one kernel reads `x` and
-    writes the sum; the backward pass keeps `x` alone. "auto" takes it for up to 48 channels on one side, outside
-    autocast, and torch's ops for everything else.
+    The convolutions of the dVAE's residual blocks (paper appendix A.1). On CPU, in float32 and bfloat16, one kernel
+    reads `x` and writes the sum; the backward pass keeps `x` alone. "auto" takes it for up to 48 channels on one side,
+    and torch's ops for everything else. Sums are float32. Under torch.autocast `x` and the weight are rounded to the
+    autocast dtype, as with F.conv2d, but not the bias, the gradients of both, or the convolution before it is added.
 
     Args:
         x: [B, C, H, W] floating.
@@ -55,19 +58,30 @@ def conv2d(
                   [4., 4.]]]])
     """
     _check(x, weight, bias, residual, 1 + upsample)
-    tensors = [t for t in (x, weight, bias, residual) if t is not None]
-    supported = all(t.dtype == torch.float32 for t in tensors) and not is_autocast(x)
-    chosen = _backend.choose("conv2d", backend, x, supported=supported, reason="it takes float32, outside autocast")
+    dtype = _operand_dtype(x)
+    rounded = (x, weight, bias) if is_autocast(x) else ()  # the others may be float32
+    supported = dtype in DTYPES and all(
+        t is None or t.dtype == dtype or (t.dtype == torch.float32 and any(t is r for r in rounded))
+        for t in (x, weight, bias, residual)
+    )
+    reason = "it takes float32 and bfloat16, all of one dtype outside autocast"
+    chosen = _backend.choose("conv2d", backend, x, supported=supported, reason=reason)
     if chosen == "reference" or (backend == "auto" and not has_kernel(x, weight)):
         return conv2d_reference(x, weight, bias, residual, gain=gain, relu=relu, upsample=upsample)
-    return op.conv2d(x, weight, bias, residual, gain, relu, 1 + upsample)
+    x = x.to(dtype)
+    if upsample and weight.shape[-1] > 1:
+        x, upsample = F.interpolate(x, scale_factor=2, mode="nearest"), False
+    return op.run_conv2d(x, weight, bias, residual, gain, relu, 1 + upsample)
+
+
+def _operand_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
 
 
 def has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `conv2d` runs as one kernel."""
+    """Whether `conv2d` of operands of one dtype runs as one kernel."""
     return (
-        x.dtype == weight.dtype == torch.float32
-        and not is_autocast(x)
+        _operand_dtype(x) in DTYPES
         and min(weight.shape[:2]) <= MAX_CHANNELS
         and _backend.has_room("conv2d", x.device.type)
     )

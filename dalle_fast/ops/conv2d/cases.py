@@ -40,7 +40,7 @@ def _case(
         return tuple(args), options
 
     flops = 2 * batch * height * width * num_in * num_out * kernel**2
-    return Case(name, build, (torch.float32,), flops)
+    return Case(name, build, flops=flops)
 
 
 def _peer(*args: Any, **options: Any) -> torch.Tensor:
@@ -63,13 +63,15 @@ ROOM = Room(
         _case("upsample_wide", 5, 4, 13, 3, 37, residual=True, gain=0.5, upsample=True),
         _case("gain", 1, 3, 2, 4, 4, gain=-2.0),
         _case("wide", 2, 3, 5, 3, 70, 5, relu=True),
+        _case("bands", 2, 3, 4, 40, 32, relu=True),
+        _case("bands_between_vectors", 1, 5, 3, 30, 40, residual=True, gain=0.5, relu=True),
         _case("one", 1, 1, 1, 1, 1),
         _case("empty", 0, 3, 2, 4, 4, relu=True),
     ),
-    # sums of up to 150 products
-    tolerance={torch.float32: (1e-5, 1e-5)},
+    # sums of up to 150 products; bfloat16: results are rounded
+    tolerance={torch.float32: (1e-5, 1e-5), torch.bfloat16: (8e-3, 8e-3)},
     # and over batch and pixels
-    grad_tolerance={torch.float32: (1e-4, 1e-4)},
+    grad_tolerance={torch.float32: (1e-4, 1e-4), torch.bfloat16: (8e-3, 2e-2)},
     benchmarks=(
         _case("32x24x32x32 to 6", 32, 24, 6, 32, 32, relu=True, channels_last=True),
         _case("32x12x16x16 to 12", 32, 12, 12, 16, 16, relu=True, channels_last=True),
