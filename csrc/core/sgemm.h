@@ -130,14 +130,14 @@ inline void pack_strips(float* to, const MatrixView& a, int64_t rows, int64_t de
 template <int R, int V>
 __attribute__((noinline)) void micro_packed(float* c, int64_t ldc, const float* start, int64_t start_row,
                                             const float* strip, const float* panel, int64_t depth) {
-  constexpr int64_t kAhead = 512 / V;  // rows of the panel, which streams from the second-level cache
+  constexpr int64_t kAhead = 512;  // floats: the panel streams from the second-level cache
   VecF acc[R][V] = {};
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) __builtin_prefetch(c + r * ldc + v * kLanes, 1);
   for (int64_t k = 0; k < depth; ++k) {
     VecF row[V];
     for (int v = 0; v < V; ++v) row[v] = loadu(panel + (k * V + v) * kLanes);
-    for (int v = 0; v < V; ++v) __builtin_prefetch(panel + (k * V + v) * kLanes + kAhead * V);
+    for (int v = 0; v < V; ++v) __builtin_prefetch(panel + (k * V + v) * kLanes + kAhead);
     for (int r = 0; r < R; ++r) {
       const VecF x = splat(strip[k * R + r]);
       for (int v = 0; v < V; ++v) acc[r][v] += x * row[v];
