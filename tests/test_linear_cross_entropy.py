@@ -153,3 +153,27 @@ def test_an_expected_upstream_gradient_changes_no_gradient(weight, expected):
         torch.testing.assert_close(a, r)
     with pytest.raises(ValueError, match="upstream: expected a finite number, got nan"):
         linear_cross_entropy(*args, target, upstream=float("nan"))
+
+
+@pytest.mark.parametrize("chunk", [None, 550])
+def test_float32_products_in_parts_are_right_and_the_same_bits_at_any_number_of_threads(chunk):
+    """Sums over rows and codes long enough for several parts, and products large enough for threads."""
+    generator = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((600, 70), (1050, 70)))
+    bias, target = torch.randn(1050, generator=generator), torch.randint(1050, (600,), generator=generator)
+
+    def run(*leaves):
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        options = {"chunk_rows": chunk, "backend": "cpu"} if leaves[0].dtype == torch.float32 else {}
+        loss = linear_cross_entropy(leaves[0], leaves[1], target, leaves[2], **options)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    threads = torch.get_num_threads()
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append(run(x, weight, bias))
+    torch.set_num_threads(threads)
+    for first, *others, exact in zip(*results, run(x.double(), weight.double(), bias.double())):
+        assert all(torch.equal(first, other) for other in others)
+        torch.testing.assert_close(first.double(), exact, rtol=2e-5, atol=2e-6)

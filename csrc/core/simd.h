@@ -44,7 +44,7 @@ DF_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-DF_INLINE VecF splat(float x) { return VecF{} + x; }
+DF_INLINE VecF splat(float x) { return x - VecF{}; }  // VecF{} + x is an addition: of -0 it makes 0
 DF_INLINE VecI splat_i(int32_t x) { return VecI{} + x; }
 DF_INLINE VecU splat_u(uint32_t x) { return VecU{} + x; }
 

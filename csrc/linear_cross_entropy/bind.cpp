@@ -107,6 +107,64 @@ void bind_linear_cross_entropy(pybind11::module_& m) {
               DF_CUDA_LAUNCH(linear_cross_entropy::loss_and_grad_cuda(params, reinterpret_cast<void*>(stream))));
         });
 
+#if !defined(DF_SIMT)
+  m.def("linear_cross_entropy_workspace", &linear_cross_entropy::whole_workspace);
+
+  // The first row whose target is out of range, or -1.
+  m.def("linear_cross_entropy_whole",
+        [](const TensorArg& loss_arg, const TensorArg& dx_arg, const TensorArg& dweight_arg, const TensorArg& dbias_arg,
+           const TensorArg& x_arg, const TensorArg& weight_arg, const TensorArg& target_arg, const TensorArg& bias_arg,
+           const TensorArg& workspace_arg, int64_t chunk_rows, int64_t ignore_index, double grad_scale) {
+          const TensorRef loss = loss_arg.as("loss");
+          const TensorRef x = x_arg.as("x");                 // [num_rows, width]
+          const TensorRef weight = weight_arg.as("weight");  // [num_codes, width]
+          const TensorRef target = target_arg.as("target");
+          const TensorRef workspace = workspace_arg.as("workspace");
+          require(!x.device.is_cuda(), "x: expected a CPU tensor");
+          require_rank(x, "x", 2);
+          require_rank(weight, "weight", 2);
+          const int64_t num_rows = x.shape[0], num_codes = weight.shape[0], width = x.shape[1];
+          const auto floats = [&](const TensorRef& t, const char* name, std::initializer_list<int64_t> shape) {
+            require_dtype(t, name, {DType::kFloat32});
+            require_shape(t, name, shape);
+            require_contiguous(t, name);
+            require_same_device(t, name, x, "x");
+            return t.as<float>();
+          };
+          const auto optional = [&](const TensorArg& arg, const char* name, std::initializer_list<int64_t> shape) {
+            return arg.is_none() ? nullptr : floats(arg.as(name), name, shape);
+          };
+          require_dtype(target, "target", {DType::kInt64});
+          require_shape(target, "target", {num_rows});
+          require_same_device(target, "target", x, "x");
+          require(chunk_rows > 0, "chunk_rows: expected at least one");
+
+          int64_t stats[2] = {};
+          linear_cross_entropy::WholeParams params{};
+          params.loss = floats(loss, "loss", {});
+          params.dx = optional(dx_arg, "dx", {num_rows, width});
+          params.dweight = optional(dweight_arg, "dweight", {num_codes, width});
+          params.dbias = optional(dbias_arg, "dbias", {num_codes});
+          params.stats = stats;
+          params.x = floats(x, "x", {num_rows, width});
+          params.weight = floats(weight, "weight", {num_codes, width});
+          params.bias = optional(bias_arg, "bias", {num_codes});
+          params.target = target.as<const int64_t>();
+          params.workspace = floats(workspace, "workspace", {-1});
+          params.target_stride = target.stride[0];
+          params.num_rows = num_rows;
+          params.num_codes = num_codes;
+          params.width = width;
+          params.chunk_rows = chunk_rows;
+          params.ignore_index = ignore_index;
+          params.grad_scale = static_cast<float>(grad_scale);
+          require(workspace.numel() >= linear_cross_entropy::whole_workspace(num_rows, num_codes, width, chunk_rows),
+                  "workspace: expected more floats");
+          run_on_cpu(x.device, [&] { linear_cross_entropy::whole_cpu(params); });
+          return stats[1];
+        });
+#endif
+
   m.def("linear_cross_entropy_mean", [](const TensorArg& loss_arg, const TensorArg& row_loss_arg,
                                         const TensorArg& stats_arg, std::uintptr_t stream) {
     const TensorRef loss = loss_arg.as("loss");

@@ -5,6 +5,7 @@
 #include "linear_cross_entropy.h"
 
 #include "../core/parallel.h"
+#include "../core/sgemm.h"
 #include "../core/simd.h"
 
 namespace dalle_fast::linear_cross_entropy {
@@ -185,11 +186,16 @@ void column_sums(const Params& p) {
   });
 }
 
+// Rows of a block_pass.
+DF_INLINE int64_t softmax_rows(int64_t num_codes) {
+  const int64_t rows = kBlockCodes / (num_codes > 0 ? num_codes : 1);
+  return rows < 1 ? 1 : rows > kMaxBlock ? kMaxBlock : rows;
+}
+
 template <typename T>
 void run(const Params& p) {
-  int64_t block = kBlockCodes / (p.num_codes > 0 ? p.num_codes : 1);
-  block = block < 1 ? 1 : block > kMaxBlock ? kMaxBlock : block;
-  parallel_chunks(p.num_rows, block, [&](int64_t begin, int64_t end) { block_pass<T>(p, begin, end); });
+  parallel_chunks(p.num_rows, softmax_rows(p.num_codes),
+                  [&](int64_t begin, int64_t end) { block_pass<T>(p, begin, end); });
   if (p.grad && p.dbias) column_sums<T>(p);
 }
 
@@ -212,6 +218,63 @@ void mean(const MeanParams& p) {
   double sum = 0.0;
   for (int64_t row = 0; row < p.num_rows; ++row) sum += static_cast<double>(p.row_loss[row]);
   *p.loss = static_cast<float>(sum / static_cast<double>(p.stats[0]));
+}
+
+// A task takes a block of rows through logits, loss and dlogits to dx while they are in the nearest caches; the sums
+// over rows, dweight and dbias, are a second round over codes.
+void whole(const WholeParams& p) {
+  check({p.stats, p.target, p.target_stride, p.num_rows, p.num_codes, p.ignore_index, Device{}});
+  if (p.stats[1] >= 0) return;
+  const int64_t stride = logits_stride(p.num_codes);
+  float* at = p.workspace;
+  const auto take = [&at](int64_t n) {
+    float* const taken = at;
+    at += round_up(n, kLanes);
+    return taken;
+  };
+  float* const row_loss = take(p.num_rows);
+  float* const logits = take(p.chunk_rows * stride);
+  const Panels head{take(p.width * round_up(p.num_codes, kLanes)), p.width, p.num_codes};
+  const Panels transposed{take(p.num_codes * round_up(p.width, kLanes)), p.num_codes, p.width};
+  pack(head, {p.weight, 1, p.width});
+  if (p.dx) pack(transposed, {p.weight, p.width, 1});
+  if (p.dbias) zero(p.dbias, p.num_codes);
+  if (p.dweight && p.num_rows == 0) zero(p.dweight, p.num_codes * p.width);
+  for (int64_t first = 0; first < p.num_rows; first += p.chunk_rows) {
+    const int64_t rows = p.num_rows - first < p.chunk_rows ? p.num_rows - first : p.chunk_rows;
+    const float* const x = p.x + first * p.width;
+    Params chunk{};
+    chunk.row_loss = row_loss + first;
+    chunk.logits = logits;
+    chunk.grad = p.dx || p.dweight || p.dbias ? logits : nullptr;
+    chunk.dbias = p.dbias;
+    chunk.target = p.target + first * p.target_stride;
+    chunk.stats = p.stats;
+    chunk.target_stride = p.target_stride;
+    chunk.num_rows = rows;
+    chunk.num_codes = p.num_codes;
+    chunk.logits_stride = stride;
+    chunk.ignore_index = p.ignore_index;
+    chunk.grad_scale = p.grad_scale;
+    const int64_t block = softmax_rows(p.num_codes), task = task_rows(rows, max_threads());
+    parallel_for_dynamic((rows + task - 1) / task, [&](int64_t i) {
+      const int64_t begin = i * task, end = begin + task < rows ? begin + task : rows;
+      float* const own = logits + begin * stride;
+      multiply(own, stride, p.bias, 0, {x + begin * p.width, p.width, 1}, head, end - begin, 0, head.count());
+      for (int64_t row = begin; row < end; row += block)
+        block_pass<float>(chunk, row, row + block < end ? row + block : end);
+      if (p.dx)
+        multiply(p.dx + (first + begin) * p.width, p.width, nullptr, 0, {own, stride, 1}, transposed, end - begin, 0,
+                 transposed.count());
+    });
+    if (p.dbias) column_sums<float>(chunk);
+    if (p.dweight) {
+      const Panels packed_x{at, rows, p.width};
+      pack(packed_x, {x, p.width, 1});
+      product(p.dweight, p.width, first ? p.dweight : nullptr, p.width, {logits, 1, stride}, packed_x, p.num_codes);
+    }
+  }
+  mean({p.loss, row_loss, p.stats, p.num_rows, Device{}});
 }
 
 void loss_and_grad(const Params& p) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The part of linear + cross-entropy between the matrix products: logits -> loss and dlogits.
-// Per row with target t:  loss = logsumexp(x) - x[t];  dx = scale / count * (softmax(x) - onehot(t)).
-// The products themselves are torch's; see dalle_fast/ops/linear_cross_entropy/op.py.
+// Linear layer and cross-entropy. Per row of logits l with target t:
+//   loss = logsumexp(l) - l[t];  dl = scale / count * (softmax(l) - onehot(t)).
+// In float32 the CPU does all of it. Else the products are torch's, on a chunk of rows whose logits exist, and kernels
+// do what is between them; see dalle_fast/ops/linear_cross_entropy/op.py.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +49,38 @@ struct MeanParams {
   Device device;
 };
 
+// CPU, float32: l = x weight^T + bias, the loss, and dx = dl weight, dweight = dl^T x, dbias = sums of dl where wanted.
+struct WholeParams {
+  float* loss;            // [1]
+  float* dx;              // [num_rows, width] or null
+  float* dweight;         // [num_codes, width] or null
+  float* dbias;           // [num_codes] or null
+  int64_t* stats;         // [2], as of the check; where a target is out of range nothing else is written
+  const float* x;         // [num_rows, width]; all matrices dense
+  const float* weight;    // [num_codes, width]
+  const float* bias;      // [num_codes] or null
+  const int64_t* target;  // [num_rows], `target_stride` elements apart
+  float* workspace;       // whole_workspace()
+  int64_t target_stride;
+  int64_t num_rows, num_codes, width;
+  int64_t chunk_rows;  // whose logits exist at a time
+  int64_t ignore_index;
+  float grad_scale;
+};
+
+// Floats between rows of logits: an odd number of vectors, or rows at one column would meet in the same sets of a
+// cache.
+constexpr int64_t logits_stride(int64_t num_codes) { return (num_codes + 31) / 32 * 32 + 16; }
+
+// Floats of the losses, of a chunk's logits and of packed factors: weight^T, weight, and a chunk of x.
+constexpr int64_t whole_workspace(int64_t num_rows, int64_t num_codes, int64_t width, int64_t chunk_rows) {
+  const int64_t codes = (num_codes + 15) / 16 * 16, channels = (width + 15) / 16 * 16;
+  return (num_rows + 15) / 16 * 16 + chunk_rows * (logits_stride(num_codes) + channels) + width * codes +
+         num_codes * channels;
+}
+
 DF_CPU_LAUNCHER(check, CheckParams)
+DF_CPU_LAUNCHER(whole, WholeParams)
 DF_CPU_LAUNCHER(loss_and_grad, Params)
 DF_CPU_LAUNCHER(mean, MeanParams)
 void check_cuda(const CheckParams& params, void* stream);

@@ -4,6 +4,7 @@
 Per chunk of rows: logits by one GEMM into a buffer that all chunks share, one kernel that turns them into dlogits in
 place, and a GEMM for each gradient that is wanted. So the gradients are ready when the loss is, the logits are never
 kept, and the backward pass only multiplies by dloss, or not even that where it is the `upstream` that was expected.
+In float32 the CPU's kernels do all of it, products included; else the products are torch's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from ... import memory
 from .._autocast import without_autocast
 from .._backend import _C, stream_of
-from .._products import addmm, mm
 from .._register import no_second_derivative, register_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,9 +28,9 @@ _MIN_ROWS, _MAX_LOGITS = 1024, 1 << 25
 # The loss alone adds up nothing between chunks: small ones, in memory that is there already.
 _MAX_LOGITS_OF_LOSS = 1 << 23
 
-# On CPU the logits of the last call stay allocated, up to this many bytes a thread: fresh memory costs a page fault
-# every 4 KiB, which took longer than the loss itself.
-_MAX_KEPT_BYTES = 1 << 25
+# On CPU the logits of the last call stay allocated, and beside them packed weights, up to this many bytes a thread:
+# fresh memory costs a page fault every 4 KiB, which took longer than the loss itself.
+_MAX_KEPT_BYTES = 1 << 27
 _kept = threading.local()
 
 
@@ -39,14 +39,14 @@ def default_chunk_rows(num_rows: int, num_codes: int) -> int:
     return max(1, min(num_rows, max(_MIN_ROWS, _MAX_LOGITS // max(num_codes, 1))))
 
 
-def _logits_buffer(like: torch.Tensor, rows: int, num_codes: int, dtype: torch.dtype) -> torch.Tensor:
-    count = rows * num_codes
+def _buffer(like: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """[count] of `dtype` that nobody keeps."""
     if like.device.type != "cpu" or count * dtype.itemsize > _MAX_KEPT_BYTES or torch.is_inference_mode_enabled():
-        return like.new_empty(rows, num_codes, dtype=dtype)
+        return like.new_empty(count, dtype=dtype)
     buffers = _kept.__dict__
     if dtype not in buffers or buffers[dtype].numel() < count:
         buffers[dtype] = torch.empty(count, dtype=dtype)
-    return buffers[dtype][:count].view(rows, num_codes)
+    return buffers[dtype][:count]
 
 
 # On CUDA float16 operands give float32 products on the tensor cores, and dlogits are float16 too: what the mean leaves
@@ -76,16 +76,58 @@ def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, out: torch.Tensor 
     """a @ b in `dtype`, which may be float32 where the operands have 16 bits."""
     if a.is_cuda and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype, out=out)
-    return mm(a.to(dtype), b.to(dtype), out=out)  # of two dtypes: the CUDA path on the host executor
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)  # of two dtypes: the CUDA path on the host executor
+
+
+def _chunk_rows(chunk_rows: int, num_rows: int, num_codes: int, needs: int) -> int:
+    """Rows whose logits exist at a time."""
+    if not chunk_rows:
+        chunk_rows = default_chunk_rows(num_rows, num_codes)
+        if not needs:
+            chunk_rows = min(chunk_rows, max(_MIN_ROWS, _MAX_LOGITS_OF_LOSS // max(num_codes, 1)))
+    return max(1, min(chunk_rows, num_rows))
+
+
+def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upstream):
+    run = _run_chunks if _on_cuda(x) or compute == torch.bfloat16 else _run_whole
+    return run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upstream)
+
+
+def _run_whole(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upstream):
+    (num_rows, width), num_codes = x.shape, weight.shape[0]
+    results = _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upstream)
+    loss, *grads = results
+    wanted = [
+        (grad if grad.dtype == torch.float32 else grad.float()) if needs & flag else None
+        for grad, flag in zip(grads, (NEEDS_X, NEEDS_WEIGHT, NEEDS_BIAS))
+    ]
+    chunk_rows = _chunk_rows(chunk_rows, num_rows, num_codes, needs)
+    count = _C.linear_cross_entropy_workspace(num_rows, num_codes, width, chunk_rows)
+    inputs = (_dense(x), _dense(weight), target, None if bias is None else _dense(bias))
+    scale = _grad_scale(x, compute) * upstream
+    buffer = _buffer(x, count, torch.float32)
+    bad = _C.linear_cross_entropy_whole(loss, *wanted, *inputs, buffer, chunk_rows, ignore_index, scale)
+    if bad >= 0:
+        _raise_out_of_range(target, bad, num_codes, ignore_index)
+    for grad, result in zip(grads, wanted):
+        if result is not None and result is not grad:
+            grad.copy_(result)
+    return results
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float32).contiguous()
 
 
 @without_autocast  # the products are in `compute` already
-def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upstream):
+def _run_chunks(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upstream):
     num_rows, num_codes = x.shape[0], weight.shape[0]
     stats = torch.empty(2, dtype=torch.int64, device=x.device)
     _C.linear_cross_entropy_check(stats, target, num_codes, ignore_index, stream_of(x))
     if not _on_cuda(x):  # there the host never waits for the device
-        _require_in_range(stats, target, num_codes, ignore_index)
+        bad = int(stats[1])
+        if bad >= 0:
+            _raise_out_of_range(target, bad, num_codes, ignore_index)
 
     dtype = _operand_dtype(x, compute)
     logits_dtype = _grad_dtype(dtype)
@@ -95,15 +137,11 @@ def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upst
             grad.zero_()
     gemm_x, gemm_weight = x.to(dtype), weight.to(dtype)
     gemm_bias = None if bias is None else bias.to(dtype)
-    if not chunk_rows:
-        chunk_rows = default_chunk_rows(num_rows, num_codes)
-        if not needs:
-            chunk_rows = max(1, min(chunk_rows, max(_MIN_ROWS, _MAX_LOGITS_OF_LOSS // max(num_codes, 1))))
-    buffer_rows = min(chunk_rows, num_rows)
-    logits_buffer = _logits_buffer(x, buffer_rows, num_codes, logits_dtype)
+    chunk_rows = _chunk_rows(chunk_rows, num_rows, num_codes, needs)
+    logits_buffer = _buffer(x, chunk_rows * num_codes, logits_dtype).view(chunk_rows, num_codes)
     dlogits_buffer = None  # in place
     if needs and dtype != logits_dtype:
-        dlogits_buffer = x.new_empty(buffer_rows, num_codes, dtype=dtype)
+        dlogits_buffer = x.new_empty(chunk_rows, num_codes, dtype=dtype)
     row_loss = x.new_empty(num_rows, dtype=torch.float32)
     bias_sum = x.new_zeros(num_codes, dtype=torch.float32) if needs & NEEDS_BIAS else None
     # bfloat16 partial products of several chunks meet in float32
@@ -116,7 +154,7 @@ def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upst
         if gemm_bias is None:
             _mm(gemm_x[rows], gemm_weight.t(), logits_dtype, out=logits)
         elif dtype == logits_dtype:
-            addmm(gemm_bias, gemm_x[rows], gemm_weight.t(), out=logits)
+            torch.addmm(gemm_bias, gemm_x[rows], gemm_weight.t(), out=logits)
         else:
             _mm(gemm_x[rows], gemm_weight.t(), logits_dtype, out=logits).add_(gemm_bias)
         dlogits = None
@@ -140,7 +178,7 @@ def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upst
                 if begin == 0:
                     _mm(dlogits.t(), gemm_x[rows], dweight.dtype, out=dweight)
                 elif dtype == logits_dtype:
-                    addmm(dweight, dlogits.t(), gemm_x[rows], out=dweight)
+                    torch.addmm(dweight, dlogits.t(), gemm_x[rows], out=dweight)
                 else:
                     dweight.add_(_mm(dlogits.t(), gemm_x[rows], dweight.dtype))
             else:
@@ -154,13 +192,11 @@ def _run(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upst
     return loss, dx, dweight, dbias
 
 
-def _require_in_range(stats: torch.Tensor, target: torch.Tensor, num_codes: int, ignore_index: int) -> None:
-    bad = int(stats[1])
-    if bad >= 0:
-        raise IndexError(
-            f"target: expected values in [0, {num_codes}) or ignore_index={ignore_index}, "
-            f"got {int(target[bad])} in row {bad}"
-        )
+def _raise_out_of_range(target: torch.Tensor, row: int, num_codes: int, ignore_index: int) -> None:
+    raise IndexError(
+        f"target: expected values in [0, {num_codes}) or ignore_index={ignore_index}, "
+        f"got {int(target[row])} in row {row}"
+    )
 
 
 def _fake(x, weight, target, bias, ignore_index, compute, needs, chunk_rows, upstream):

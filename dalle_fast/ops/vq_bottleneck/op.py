@@ -17,7 +17,6 @@ import torch
 
 from .._autocast import without_autocast
 from .._backend import _C, stream_of
-from .._products import addmm, mm
 from .._register import no_second_derivative, register_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,14 +110,14 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) 
     """a b in float32. CUDA adds up and returns float32 of 16-bit operands; the host executor's are raised first."""
     if a.dtype != torch.float32 and a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return mm(a.float(), b.float(), out=out)
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     if first:
         _product(a, b, out=total)
     elif a.dtype == torch.float32:
-        addmm(total, a, b, out=total)
+        torch.addmm(total, a, b, out=total)
     else:
         total.add_(_product(a, b))
 
@@ -139,9 +138,9 @@ def _forward_chunks(rows, head_weight, head_bias, codebook, codebook_bias, kl, s
         numbers = (chunk.num_codes, tau, seed, offset, row_offset + part.start)
         _C.vq_bottleneck_relax(y, kl[part], stats[part], logits, bias, *numbers, stream)
         if code_bias is None:
-            mm(chunk.codes(y), codes, out=out[part])
+            torch.mm(chunk.codes(y), codes, out=out[part])
         else:
-            addmm(code_bias, chunk.codes(y), codes, out=out[part])
+            torch.addmm(code_bias, chunk.codes(y), codes, out=out[part])
     return out
 
 
@@ -167,7 +166,7 @@ def _backward_chunks(rows, head_weight, head_bias, codebook, kl, stats, dout, dk
         _C.vq_bottleneck_gradient(y, dlogits, logits, bias, *upstream, *numbers, stream)
         dlogits, y, first = chunk.codes(dlogits), chunk.codes(y), part.start == 0
         if dx is not None:
-            mm(dlogits, weight_operand, out=dx[part])
+            torch.mm(dlogits, weight_operand, out=dx[part])
         if dweight is not None:
             _add_product(dweight, dlogits.t(), rows_operand[part], first)
         if dcodes is not None:
