@@ -23,7 +23,7 @@ from rooms import (
     to_float64,
 )
 
-from dalle_fast.ops import _backend
+from dalle_fast.ops import _backend, dropout
 
 ROOMS = all_rooms()
 CASES = [
@@ -240,6 +240,35 @@ def test_opcheck(room):
                 utilities = ["test_schema", "test_faketensor", "test_autograd_registration"]
                 torch.library.opcheck(op, args, kwargs, test_utils=utilities)
     assert seen, "the public function reached no registered op"
+
+
+@pytest.mark.parametrize("room", ROOM_PARAMS)
+def test_the_way_past_the_dispatcher_gives_the_same_bits(room):
+    """A mode that watches operators, a profiler and a lazy view take the long way."""
+    for case in room.cases:
+        for dtype in case.dtypes:
+            arguments = build(room, case, dtype)
+            run = gradients if takes_gradient(room, case, dtype) else call
+            short = run(room.function, fresh(arguments), backend="cpu")
+            with RecordOps() as recorder:
+                long = run(room.function, fresh(arguments), backend="cpu")
+            assert recorder.calls
+            for a, b in zip(short, long, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_profiler_sees_the_ops():
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        dropout(x, 0.5, seed=1, offset=0).sum().backward()
+    assert sum(event.name == "dalle_fast::dropout" for event in profiler.events()) == 2
+
+
+def test_a_lazy_view_is_read_as_it_looks():
+    x = torch.randn(4, 8, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    expected = dropout(x.resolve_neg(), 0.5, seed=1, offset=0)
+    assert torch.equal(dropout(x, 0.5, seed=1, offset=0), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -71,7 +71,7 @@ def conv2d(
     x = x.to(dtype)
     if upsample and weight.shape[-1] > 1:
         x, upsample = F.interpolate(x, scale_factor=2, mode="nearest"), False
-    return op.run_conv2d(x, weight, bias, residual, gain, relu, 1 + upsample)
+    return op.conv2d(x, weight, bias, residual, gain, relu, 1 + upsample)
 
 
 def _operand_dtype(x: torch.Tensor) -> torch.dtype:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import torch
 
+from ... import memory
 from .._backend import _C
-from .._register import is_eager, no_second_derivative, register_op
+from .._register import no_second_derivative, register_op
 
 # core/dispatch.h: the lowest level of a CPU that multiplies bfloat16. Below, its operands are multiplied in float32.
 _BF16_LEVEL = 5
@@ -26,7 +27,7 @@ def _operands(x, weight, *others):
 def _workspace(x: torch.Tensor, weight: torch.Tensor, scale: int, backward: bool) -> torch.Tensor:
     num_out, num_in, kernel, _ = weight.shape
     size = _C.conv2d_workspace(x.shape[0], num_in, num_out, *x.shape[2:], kernel, scale, backward)
-    return x.new_empty(size, dtype=torch.float32)
+    return memory.empty(x, (size,), torch.float32)
 
 
 def _forward(x, weight, bias, residual, gain, relu, scale):
@@ -39,7 +40,7 @@ def _forward(x, weight, bias, residual, gain, relu, scale):
 
 
 def _forward_fake(x, weight, bias, residual, gain, relu, scale):
-    return x.new_empty(x.shape[0], weight.shape[0], scale * x.shape[2], scale * x.shape[3])
+    return memory.empty(x, (x.shape[0], weight.shape[0], scale * x.shape[2], scale * x.shape[3]))
 
 
 def _gradients(dout, x, weight, gain, relu, scale, needs_x, needs_weight):
@@ -53,7 +54,7 @@ def _gradients(dout, x, weight, gain, relu, scale, needs_x, needs_weight):
 
 def _gradients_fake(dout, x, weight, gain, relu, scale, needs_x, needs_weight):
     """Those of the weight and the bias are float32, the former in the weight's order of memory."""
-    dx = x.new_empty(x.shape if needs_x else (0,))
+    dx = memory.empty(x, x.shape if needs_x else (0,))
     if not needs_weight:
         return dx, dx.new_empty(0, dtype=torch.float32), dx.new_empty(0, dtype=torch.float32)
     dbias = weight.new_empty(weight.shape[0], dtype=torch.float32)
@@ -70,8 +71,7 @@ def _backward(ctx, dout):
     needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     dx = dweight = dbias = None
     if needs_x or needs_weight or needs_bias:
-        run = _gradients if is_eager(dout) and not torch.is_grad_enabled() else conv2d_backward
-        dx, dweight, dbias = run(
+        dx, dweight, dbias = conv2d_backward(
             dout, *ctx.saved_tensors, ctx.gain, ctx.relu, ctx.scale, needs_x, needs_weight or needs_bias
         )
     return (
@@ -101,23 +101,3 @@ conv2d = register_op(
     setup_context=_setup_context,
     backward=_backward,
 )
-
-
-class _Conv2d(torch.autograd.Function):
-    """`conv2d` without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        _setup_context(ctx, inputs, None)
-        return _forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, dout):
-        return _backward(ctx, dout)
-
-
-def run_conv2d(*inputs) -> torch.Tensor:
-    """`conv2d`, the shortest way: a step of a small dVAE calls it 55 times."""
-    if not is_eager(inputs[0]):
-        return conv2d(*inputs)
-    return _Conv2d.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)

@@ -9,8 +9,6 @@ In float32 the CPU's kernels do all of it, products included; else the products 
 
 from __future__ import annotations
 
-import threading
-
 import torch
 
 from ... import memory
@@ -28,25 +26,10 @@ _MIN_ROWS, _MAX_LOGITS = 1024, 1 << 25
 # The loss alone adds up nothing between chunks: small ones, in memory that is there already.
 _MAX_LOGITS_OF_LOSS = 1 << 23
 
-# On CPU the logits of the last call stay allocated, and beside them packed weights, up to this many bytes a thread:
-# fresh memory costs a page fault every 4 KiB, which took longer than the loss itself.
-_MAX_KEPT_BYTES = 1 << 27
-_kept = threading.local()
-
 
 def default_chunk_rows(num_rows: int, num_codes: int) -> int:
     """Rows per chunk such that a chunk holds at most 2^25 logits, but at least 1024 rows."""
     return max(1, min(num_rows, max(_MIN_ROWS, _MAX_LOGITS // max(num_codes, 1))))
-
-
-def _buffer(like: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """[count] of `dtype` that nobody keeps."""
-    if like.device.type != "cpu" or count * dtype.itemsize > _MAX_KEPT_BYTES or torch.is_inference_mode_enabled():
-        return like.new_empty(count, dtype=dtype)
-    buffers = _kept.__dict__
-    if dtype not in buffers or buffers[dtype].numel() < count:
-        buffers[dtype] = torch.empty(count, dtype=dtype)
-    return buffers[dtype][:count]
 
 
 # On CUDA float16 operands give float32 products on the tensor cores, and dlogits are float16 too: what the mean leaves
@@ -105,7 +88,7 @@ def _run_whole(x, weight, target, bias, ignore_index, compute, needs, chunk_rows
     count = _C.linear_cross_entropy_workspace(num_rows, num_codes, width, chunk_rows)
     inputs = (_dense(x), _dense(weight), target, None if bias is None else _dense(bias))
     scale = _grad_scale(x, compute) * upstream
-    buffer = _buffer(x, count, torch.float32)
+    buffer = memory.empty(x, (count,), torch.float32)
     bad = _C.linear_cross_entropy_whole(loss, *wanted, *inputs, buffer, chunk_rows, ignore_index, scale)
     if bad >= 0:
         _raise_out_of_range(target, bad, num_codes, ignore_index)
@@ -138,7 +121,7 @@ def _run_chunks(x, weight, target, bias, ignore_index, compute, needs, chunk_row
     gemm_x, gemm_weight = x.to(dtype), weight.to(dtype)
     gemm_bias = None if bias is None else bias.to(dtype)
     chunk_rows = _chunk_rows(chunk_rows, num_rows, num_codes, needs)
-    logits_buffer = _buffer(x, chunk_rows * num_codes, logits_dtype).view(chunk_rows, num_codes)
+    logits_buffer = memory.empty(x, (chunk_rows, num_codes), logits_dtype)
     dlogits_buffer = None  # in place
     if needs and dtype != logits_dtype:
         dlogits_buffer = x.new_empty(chunk_rows, num_codes, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from ... import memory
 from .._backend import _C
 from .._register import no_second_derivative, register_op
 
@@ -18,7 +19,7 @@ def _forward(x):
 
 
 def _forward_fake(x):
-    return x.new_empty(*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
+    return memory.empty(x, (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2))
 
 
 def _gradient(dout, x):
@@ -28,7 +29,7 @@ def _gradient(dout, x):
 
 
 def _gradient_fake(dout, x):
-    return x.new_empty(x.shape)
+    return memory.empty(x, x.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:

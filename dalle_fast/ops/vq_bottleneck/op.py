@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from ... import memory
 from .._autocast import without_autocast
 from .._backend import _C, stream_of
 from .._register import no_second_derivative, register_op
@@ -190,8 +191,8 @@ def _forward_whole(rows, head_weight, head_bias, codebook, codebook_bias, kl, st
     rounded, operand = rows.dtype, _operand(rows.dtype)
     x, weight, codes = (_cast(t, rounded, operand) for t in (rows, head_weight, codebook))
     bias, code_bias = (_cast(t, rounded) for t in (head_bias, codebook_bias))
-    out = x.new_empty(rows.shape[0], _padded(width, operand))
-    workspace = kl.new_empty(_C.vq_bottleneck_forward_workspace(num_channels, num_codes, width))
+    out = memory.empty(x, (rows.shape[0], _padded(width, operand)))
+    workspace = memory.empty(kl, (_C.vq_bottleneck_forward_workspace(num_channels, num_codes, width),))
     _C.vq_bottleneck_forward(out, kl, stats, x, weight, bias, codes, code_bias, workspace, *noise)
     return out[:, :width]
 
@@ -202,11 +203,11 @@ def _backward_whole(rows, head_weight, head_bias, codebook, kl, stats, dout, dkl
     chunk = chunk_rows(rows.shape[0], num_channels, num_codes, whole=True)
     x, weight, codes, upstream = (_cast(t, rounded, operand) for t in (rows, head_weight, codebook, dout))
     bias = _cast(head_bias, rounded)
-    dx = x.new_empty(rows.shape[0], _padded(num_channels, operand)) if needs[0] else None
-    dweight = kl.new_empty(_padded(num_codes), _padded(num_channels)) if needs[1] else None
+    dx = memory.empty(x, (rows.shape[0], _padded(num_channels, operand))) if needs[0] else None
+    dweight = memory.empty(kl, (_padded(num_codes), _padded(num_channels))) if needs[1] else None
     dbias = kl.new_empty(num_codes) if needs[2] else None
-    dcodes = kl.new_empty(_padded(width), _padded(num_codes)) if needs[3] else None
-    workspace = kl.new_empty(_C.vq_bottleneck_backward_workspace(num_channels, num_codes, width, chunk))
+    dcodes = memory.empty(kl, (_padded(width), _padded(num_codes))) if needs[3] else None
+    workspace = memory.empty(kl, (_C.vq_bottleneck_backward_workspace(num_channels, num_codes, width, chunk),))
     inputs = (x, weight, bias, codes, stats, kl, upstream, dkl)
     _C.vq_bottleneck_backward(dx, dweight, dbias, dcodes, *inputs, workspace, chunk, *noise)
     cut = lambda t, rows, columns: None if t is None else t[:rows, :columns]  # noqa: E731
