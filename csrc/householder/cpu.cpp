@@ -7,6 +7,8 @@
 // its columns, and the first of them to be updated is factored meanwhile.
 #include "householder.h"
 
+#include <atomic>
+
 #include "../core/gemm.h"
 #include "../core/minifloat_simd.h"
 #include "../core/parallel.h"
@@ -50,10 +52,11 @@ DF_INLINE Workspace carve(const Batch& b) {
 }
 
 // Columns [begin, end), at most kBlock, of P + eps I; scaled by powers of two where squares could overflow or vanish.
-void load(const Workspace& w, const Batch& b, int64_t index, float eps, bool codes, int64_t begin, int64_t end) {
+// Whether all of them are finite.
+bool load(const Workspace& w, const Batch& b, int64_t index, float eps, bool codes, int64_t begin, int64_t end) {
   const int vecs = static_cast<int>((end - begin) / kLanes);
   float* const at = w.a + begin;
-  VecF largest[kBlock / kLanes] = {};
+  VecF largest[kBlock / kLanes] = {}, zeros = {};
   for (int64_t i = 0; i < w.rows; ++i) {
     const int64_t from = index * b.stride + i * b.row_stride + begin * b.column_stride;
     const float* values = static_cast<const float*>(b.p) + from;
@@ -72,6 +75,7 @@ void load(const Workspace& w, const Batch& b, int64_t index, float eps, bool cod
                        : values[(c + k) * b.column_stride];
       storeu(at + i * w.columns + c, x);
       largest[v] = vmax(vabs(x), largest[v]);
+      zeros += x - x;  // of Inf and NaN: NaN
     }
   }
   for (int64_t i = begin; i < end && i < b.columns; ++i) {
@@ -88,6 +92,7 @@ void load(const Workspace& w, const Batch& b, int64_t index, float eps, bool cod
     float* const column = at + v * kLanes;
     for (int64_t i = 0; i < b.rows; ++i) storeu(column + i * w.columns, loadu(column + i * w.columns) * scale);
   }
+  return !any(zeros != zeros);
 }
 
 // Column j >= 0 takes its reflection, v = x * inverse from its diagonal down, and the kRest columns behind it take
@@ -229,7 +234,17 @@ void orthonormalize_one(const Batch& b, int64_t index, float eps, bool codes, bo
                          },
                          threads);
   };
-  blocks([&](int64_t begin, int64_t end) { load(w, b, index, eps, codes, begin, end); });
+  const bool in_place = !codes && n == b.columns && w.rows == b.rows;
+  float* const q = in_place ? static_cast<float*>(b.q) + index * w.rows * n : w.a;
+  std::atomic<bool> finite{true};
+  blocks([&](int64_t begin, int64_t end) {
+    if (!load(w, b, index, eps, codes, begin, end)) finite.store(false, std::memory_order_relaxed);
+  });
+  if (!finite.load()) {
+    for (int64_t i = 0; i < w.rows * n; ++i) q[i] = __builtin_nanf("");
+    if (!in_place) store(w, b, index, codes, 0, n);
+    return;
+  }
   factor(w, 0);
   for (int64_t j = 0; j + kPanel < n; j += kPanel) {
     const int64_t next = j + kPanel, rest = (n - next - kPanel + kBlock - 1) / kBlock;
@@ -243,8 +258,6 @@ void orthonormalize_one(const Batch& b, int64_t index, float eps, bool codes, bo
         },
         threads);
   }
-  const bool in_place = !codes && n == b.columns && w.rows == b.rows;
-  float* const q = in_place ? static_cast<float*>(b.q) + index * w.rows * n : w.a;
   blocks([&](int64_t begin, int64_t end) {
     form(w, q, begin, end);
     if (!in_place) store(w, b, index, codes, begin, end);
