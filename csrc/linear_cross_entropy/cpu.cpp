@@ -259,10 +259,15 @@ void whole(const WholeParams& p) {
     const int64_t block = softmax_rows(p.num_codes), task = task_rows(rows, max_threads());
     parallel_for_dynamic((rows + task - 1) / task, [&](int64_t i) {
       const int64_t begin = i * task, end = begin + task < rows ? begin + task : rows;
-      float* const own = logits + begin * stride;
+      static thread_local ThreadScratch scratch;  // what is not kept stays in the caches
+      Params part = chunk;
+      float* const own = chunk.grad ? logits + begin * stride : scratch.floats(task * stride);
+      part.logits = own;
+      part.row_loss += begin;
+      part.target += begin * part.target_stride;
       multiply(own, stride, p.bias, 0, {x + begin * p.width, p.width, 1}, head, end - begin, 0, head.count());
-      for (int64_t row = begin; row < end; row += block)
-        block_pass<float>(chunk, row, row + block < end ? row + block : end);
+      for (int64_t row = 0; row < end - begin; row += block)
+        block_pass<float>(part, row, row + block < end - begin ? row + block : end - begin);
       if (p.dx)
         multiply(p.dx + (first + begin) * p.width, p.width, nullptr, 0, {own, stride, 1}, transposed, end - begin, 0,
                  transposed.count());
