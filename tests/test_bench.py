@@ -146,7 +146,7 @@ def test_the_floor_is_the_larger_of_bytes_and_products():
 
 
 def test_rows_with_products_count_them():
-    without = {"adamw16", "dropout", "gumbel_softmax", "minifloat", "null"}
+    without = {"adamw16", "dropout", "gumbel_softmax", "max_pool2d", "minifloat", "null"}
     for room in all_rooms():
         assert all((case.flops == 0) == (room.name in without) for case in room.benchmarks), room.name
 
