@@ -30,7 +30,6 @@ from dalle_fast.ops import (
 
 from .attention import decode_rows, sparse_rows
 
-
 # ---- dropout
 
 
