@@ -18,13 +18,17 @@ from collections.abc import Sequence
 import torch
 
 _LEAST = 1 << 20  # bytes; below, malloc keeps them
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 _lock = threading.Lock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _kept: dict[int, deque[torch.UntypedStorage]] = {}  # by bytes; sizes, and storages of a size, last used last
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it lies in the memory of the CPU: no subclass, such as FakeTensor or DTensor."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
 
 
 def _default_limit() -> int:
@@ -67,8 +71,7 @@ def release() -> None:
 def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
     """like.new_empty(shape, dtype=dtype), contiguous; a large one on CPU lies in memory that is there already."""
     dtype = like.dtype if dtype is None else dtype
-    plain = type(like) in _PLAIN and like.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not plain or _use_count is None:
+    if _use_count is None or torch.compiler.is_compiling() or not is_plain(like):
         return like.new_empty(shape, dtype=dtype)
     size = math.prod(shape) * dtype.itemsize
     if size < _LEAST or size > _limit:

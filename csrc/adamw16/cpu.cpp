@@ -14,12 +14,6 @@ namespace {
 
 constexpr int64_t kAhead = 512;  // elements; four or five streams are more than the hardware follows by itself
 
-template <typename T>
-DF_INLINE VecF load_part(const T* p, int n) {
-  return n == kLanes ? loadu(p) : load_n(p, n);
-}
-DF_INLINE void store_part(float* p, VecF x, int n) { n == kLanes ? storeu(p, x) : store_n(p, x, n); }
-
 // What an update needs, by value: stores may alias *Params as far as the compiler knows, and it would read and
 // broadcast every number again for every vector.
 struct Update {

@@ -8,12 +8,6 @@ namespace DF_CPU_NAMESPACE {
 
 namespace {
 
-// to nearest even; NaN stays NaN
-DF_INLINE uint32_t rounded(float x) {
-  const uint32_t u = bit_cast<uint32_t>(x);
-  return x != x ? 0x7fc0u : (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
-}
-
 struct BFloat16 {
   using T = bf16;
   static constexpr int kPerWord = 2;
@@ -22,7 +16,12 @@ struct BFloat16 {
   DF_INLINE VecU join(VecF a, VecF b) {  // which are bfloat16 already
     return bit_cast<VecU>(a) >> 16 | (bit_cast<VecU>(b) & 0xffff0000u);
   }
-  DF_INLINE uint32_t join(float a, float b) { return rounded(a) | rounded(b) << 16; }
+  DF_INLINE uint32_t join(float a, float b) {
+    bf16 pair[2];
+    store1(pair, a);
+    store1(pair + 1, b);
+    return bit_cast<uint32_t>(pair);
+  }
   DF_INLINE void store(bf16* to, VecF v) {
     const VecH h = round_bf16(v);
     __builtin_memcpy(to, &h, sizeof h);

@@ -126,7 +126,7 @@ void expand(typename E::T* out, const typename E::T* residual, const float* low,
         const int64_t to = 2 * x + half * kLanes, n = 2 * width - to;
         VecF pixels = __builtin_shuffle(v, twice + half * (kLanes / 2));
         if (residual) pixels += load_part<T>(residual + at + to, n);
-        store_part<E>(out + at + to, pixels, n);
+        store_elements<E>(out + at + to, pixels, n);
       }
     }
   }
@@ -146,20 +146,13 @@ void pool(typename E::T* to, const typename E::T* from, int64_t planes, int64_t 
           const int64_t at = 2 * x + half * kLanes, n = 2 * width - at;
           sums[half] = load_part<T>(above + at, n) + load_part<T>(below + at, n);
         }
-        store_part<E>(to + row * width + x, add_neighbours(sums[0], sums[1]), width - x);
+        store_elements<E>(to + row * width + x, add_neighbours(sums[0], sums[1]), width - x);
       }
     }
   });
 }
 
 // ---- the gradient of the weight
-
-// Lane i is the sum of v[i].
-DF_INLINE VecF hsum_each(VecF (&v)[kLanes]) {
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) v[i] = add_neighbours(v[2 * i], v[2 * i + 1]);
-  return v[0];
-}
 
 // Planes of some images: a plane's vectors in one image, its next image.
 template <typename T>
@@ -190,7 +183,7 @@ DF_INLINE void correlate(float* to, int64_t to_stride, const Images<typename E::
     for (int j = 0; j < J; ++j) flat[(r * J + j) / kLanes][(r * J + j) % kLanes] = acc[r][j];
   for (int i = R * J; i < kSums * kLanes; ++i) flat[i / kLanes][i % kLanes] = VecF{};
   float sums[kSums * kLanes];
-  for (int i = 0; i < kSums; ++i) storeu(sums + i * kLanes, hsum_each(flat[i]));
+  for (int i = 0; i < kSums; ++i) storeu(sums + i * kLanes, sums_of(flat[i]));
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) {
       float& sum = to[r * to_stride + j];
@@ -294,7 +287,7 @@ void run_forward(const ForwardParams& p) {
                           const int64_t to = c * pixels + y * s.width + at;
                           VecF v = result(c, sum);
                           if (residual) v += load_part(residual + to, n);
-                          store_part<E>(out + to, v, n);
+                          store_elements<E>(out + to, v, n);
                         });
       return;
     }
@@ -334,7 +327,7 @@ void run_backward(const BackwardParams& p) {
                           const int64_t to = first + c * s.pixels() + at;
                           VecF v = splat(p.gain) * sum;
                           if (p.relu) v = load_part(x + to, n) <= splat(0.0f) ? VecF{} : v;
-                          store_part<E>(static_cast<T*>(p.dx) + to, v, n);
+                          store_elements<E>(static_cast<T*>(p.dx) + to, v, n);
                         });
     });
   }
@@ -349,7 +342,7 @@ void run_backward(const BackwardParams& p) {
         for (int64_t j = 0; j < n; j += kLanes) {
           VecF sum = {};
           for (int64_t group = 0; group < groups; ++group) sum += load_part(total + group * sums + j, n - j);
-          store_part<Float32>(total + j, splat(p.gain) * sum, n - j);
+          store_part(total + j, splat(p.gain) * sum, n - j);
         }
         if (row == s.num_out)
           return static_cast<void>(__builtin_memcpy(p.dbias, total, static_cast<std::size_t>(n) * 4));

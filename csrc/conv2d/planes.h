@@ -54,12 +54,8 @@ DF_INLINE VecF load_within(const T* plane, int64_t p, int64_t pixels) {
 #endif
 }
 
-template <typename T>
-DF_INLINE VecF load_part(const T* from, int64_t n) {
-  return n >= kLanes ? loadu(from) : n > 0 ? load_n(from, static_cast<int>(n)) : VecF{};
-}
 template <typename E>
-DF_INLINE void store_part(typename E::T* to, VecF v, int64_t n) {
+DF_INLINE void store_elements(typename E::T* to, VecF v, int64_t n) {
   if (n >= kLanes)
     E::store(to, v);
   else if (n > 0)

@@ -117,6 +117,8 @@ __device__ __forceinline__ float unpack(uint32_t pair, int which) {
 }
 
 // 2^x, about 2 ulp; what would be subnormal is 0
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
 __device__ __forceinline__ float fast_exp2(float x) {
 #if defined(DF_SIMT)
   return x < -126.0f ? 0.0f : exp2f(x);

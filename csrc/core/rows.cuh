@@ -56,6 +56,12 @@ void with_rows(bool pieces, bool full, F&& f) {
   full ? f(std::integral_constant<Rows, Rows::kFull>{}) : f(std::integral_constant<Rows, Rows::kPieces>{});
 }
 
+// f(std::integral_constant<Rows, ...>), for kernels that hold no whole row
+template <typename F>
+void with_pieces(bool pieces, F&& f) {
+  pieces ? f(std::integral_constant<Rows, Rows::kPieces>{}) : f(std::integral_constant<Rows, Rows::kElements>{});
+}
+
 __device__ __forceinline__ uint32_t bits_of(float x) { return float_bits(x); }
 template <typename T>
 __device__ __forceinline__ uint32_t bits_of(T x) {
@@ -127,8 +133,6 @@ __device__ __forceinline__ void store_piece(T* row, int at, int count, const flo
 }
 
 // ---- softmax
-
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float fast_exp(float x) { return fast_exp2(x * kLog2e); }
 

@@ -36,6 +36,8 @@ struct fp16 {
   uint16_t bits;
 };
 
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+
 template <typename To, typename From>
 DF_INLINE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
@@ -241,6 +243,25 @@ DF_INLINE void store_n(Half* p, VecF v, int n) {
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
+// the first n elements, or a whole vector of more; of none, zeros
+template <typename T>
+DF_INLINE VecF load_part(const T* p, int64_t n) {
+  return n >= kLanes ? loadu(p) : n > 0 ? load_n(p, static_cast<int>(n)) : VecF{};
+}
+template <typename T>
+DF_INLINE void store_part(T* p, VecF v, int64_t n) {
+  if (n >= kLanes)
+    storeu(p, v);
+  else if (n > 0)
+    store_n(p, v, static_cast<int>(n));
+}
+
+// The first n lanes of p; the others -Inf, which neither raise a maximum nor add to a sum of exponentials.
+template <typename T>
+DF_INLINE VecF load_tail(const T* p, int n) {
+  return lane_index() < splat_i(n) ? load_n(p, n) : splat(-__builtin_inff());
+}
+
 // one element
 DF_INLINE float load1(const float* p) { return *p; }
 DF_INLINE float load1(const bf16* p) { return bit_cast<float>(static_cast<uint32_t>(p->bits) << 16); }
@@ -369,7 +390,7 @@ constexpr float kExpZeroBelow = -87.3f;
 DF_INLINE VecF exp(VecF x) {
 #if defined(__AVX512F__)  // rounding and scaling by 2^n are instructions; the second operand of max and min keeps NaN
   const __m512 clamped = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(kExpZeroBelow), (__m512)x));
-  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(1.44269504088896341f)),
+  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(kLog2e)),
                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   VecF r = (VecF)clamped - (VecF)whole * splat(0.693359375f);
   r = r - (VecF)whole * splat(-2.12194440e-4f);
@@ -378,7 +399,7 @@ DF_INLINE VecF exp(VecF x) {
   return (VecF)_mm512_mask_mov_ps(_mm512_scalef_ps((__m512)p, whole), tiny, _mm512_setzero_ps());
 #else
   const VecF clamped = vmin(vmax(x, splat(kExpZeroBelow)), splat(88.75f));
-  const VecF n = round_to_int(clamped * splat(1.44269504088896341f));
+  const VecF n = round_to_int(clamped * splat(kLog2e));
   VecF r = clamped - n * splat(0.693359375f);
   r = r - n * splat(-2.12194440e-4f);
   const VecF p = exp_reduced(r);

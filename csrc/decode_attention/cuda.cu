@@ -22,7 +22,6 @@ namespace {
 
 constexpr int kMostDim = 256;
 constexpr int64_t kMostStride = int64_t{1} << 30;  // of slots made of vectors: 32 bits in bytes
-constexpr float kLog2e = 1.4426950408889634f;
 
 template <typename T>
 __device__ __forceinline__ T* row3(const Tensor3& t, int64_t b, int64_t h) {

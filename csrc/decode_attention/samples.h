@@ -18,7 +18,6 @@ namespace DF_CPU_NAMESPACE {
 using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 
 const float kMinusInf = -__builtin_inff();
-constexpr float kLog2e = 1.44269504088896341f;
 constexpr int64_t kQueries = 32;      // of a task, about
 constexpr int64_t kFew = kLanes / 2;  // queries that are no matrix yet
 constexpr int64_t kKeys = 64;         // read for few queries while they are in the first-level cache

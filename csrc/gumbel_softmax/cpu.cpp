@@ -43,6 +43,18 @@ DF_INLINE void perturb_row(float* perturbed, const T* x, int64_t num_codes, uint
   }
 }
 
+// Of whole blocks.
+DF_INLINE float largest_or_nan(const float* perturbed, int64_t n) {
+  VecF best = splat(-__builtin_inff());
+  VecI nan = {};
+  for (int64_t c = 0; c < n; c += kLanes) {
+    const VecF v = loadu(perturbed + c);
+    best = vmax(v, best);
+    nan |= v != v;
+  }
+  return any(nan) ? __builtin_nanf("") : hmax(best);
+}
+
 DF_INLINE int64_t padded(int64_t num_codes) { return (num_codes + kBlock - 1) / kBlock * kBlock; }
 
 // kl and stats of `count` rows, of their largest logits and their sums of e^d and e^d d, d = logit - largest.
@@ -59,7 +71,7 @@ DF_INLINE void for_each_vector(const T* x, int64_t num_codes, F f) {
   int64_t c = 0;
   for (; c + kLanes <= num_codes; c += kLanes) f(loadu(x + c));
   const int rest = static_cast<int>(num_codes - c);
-  if (rest) f(lane_index() < splat_i(rest) ? load_n(x + c, rest) : splat(-__builtin_inff()));
+  if (rest) f(load_tail(x + c, rest));
 }
 
 template <typename T>
@@ -83,16 +95,7 @@ void soft_row(const Params& p, int64_t row) {
   float* x = scratch.floats(n);
   perturb_row(x, static_cast<const T*>(p.logits) + row * p.num_codes, p.num_codes,
               p.row_offset + static_cast<uint32_t>(row), noise_key(p.seed, p.offset));
-  VecF best = splat(-__builtin_inff());
-  VecI nan = {};
-  for (int64_t c = 0; c < n; c += kLanes) {
-    const VecF v = loadu(x + c);
-    best = vmax(v, best);
-    nan |= v != v;
-  }
-  float shift = hmax(best);
-  for (int i = 0; i < kLanes; ++i)
-    if (nan[i]) shift = __builtin_nanf("");  // as torch.softmax: one NaN spoils the row
+  const float shift = largest_or_nan(x, n);  // as torch.softmax: one NaN spoils the row
   VecF sum[2] = {};
   for (int64_t c = 0; c < n; c += 2 * kLanes)
     for (int k = 0; k < 2; ++k) {
@@ -109,24 +112,11 @@ void soft_row(const Params& p, int64_t row) {
 }
 
 // The first of the largest; the first NaN where there is one, as in torch.argmax.
-DF_INLINE int64_t argmax(const float* x, int64_t n) {
-  const VecF lowest = splat(-__builtin_inff());
-  const auto load = [&](int64_t c) {
-    const int rest = static_cast<int>(n - c < kLanes ? n - c : kLanes);
-    return rest == kLanes ? loadu(x + c) : select(lane_index() < splat_i(rest), load_n(x + c, rest), lowest);
-  };
-  VecF best = lowest;
-  VecI nan = {};
+DF_INLINE int64_t argmax(const float* perturbed, int64_t n) {
+  const float largest = largest_or_nan(perturbed, n);
   for (int64_t c = 0; c < n; c += kLanes) {
-    const VecF v = load(c);
-    best = vmax(v, best);
-    nan |= v != v;
-  }
-  const VecF largest = splat(hmax(best));
-  const bool has_nan = any(nan);
-  for (int64_t c = 0; c < n; c += kLanes) {
-    const VecF v = load(c);
-    const VecI found = has_nan ? v != v : v == largest;
+    const VecF v = loadu(perturbed + c);
+    const VecI found = largest == largest ? v == splat(largest) : v != v;
     if (!any(found)) continue;
     for (int i = 0; i < kLanes; ++i)
       if (found[i]) return c + i;
@@ -141,7 +131,7 @@ void hard_row(const Params& p, int64_t row) {
   float* x = scratch.floats(n);
   perturb_row(x, static_cast<const T*>(p.logits) + row * p.num_codes, p.num_codes,
               p.row_offset + static_cast<uint32_t>(row), noise_key(p.seed, p.offset));
-  p.index[row] = argmax(x, p.num_codes);
+  p.index[row] = argmax(x, n);
   if (p.kl) kl_of_row<T>(p, row);
 }
 

@@ -42,12 +42,6 @@ void with_bool(bool value, F&& f) {
   value ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// f(std::integral_constant<Rows, ...>), for kernels that hold no whole row
-template <typename F>
-void with_pieces(bool pieces, F&& f) {
-  pieces ? f(std::integral_constant<Rows, Rows::kPieces>{}) : f(std::integral_constant<Rows, Rows::kElements>{});
-}
-
 // f(std::integral_constant<int, rows of a thread>)
 template <typename T, typename F>
 void with_rows_of_thread(bool pieces, F&& f) {

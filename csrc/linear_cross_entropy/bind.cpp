@@ -158,7 +158,8 @@ void bind_linear_cross_entropy(pybind11::module_& m) {
           params.chunk_rows = chunk_rows;
           params.ignore_index = ignore_index;
           params.grad_scale = static_cast<float>(grad_scale);
-          require(workspace.numel() >= linear_cross_entropy::whole_workspace(num_rows, num_codes, width, chunk_rows),
+          require(workspace.numel() >= linear_cross_entropy::whole_workspace(num_rows, num_codes, width, chunk_rows,
+                                                                             params.wants_gradient()),
                   "workspace: expected more floats");
           run_on_cpu(x.device, [&] { linear_cross_entropy::whole_cpu(params); });
           return stats[1];

@@ -20,12 +20,6 @@ constexpr int64_t kStep = kUnroll * kLanes;
 constexpr int64_t kMaxBlock = 16;  // rows
 constexpr int64_t kBlockCodes = 4096;
 
-// The first n lanes of p; the others -Inf, which neither raise a maximum nor add to a sum of exponentials.
-template <typename T>
-DF_INLINE VecF load_tail(const T* p, int n) {
-  return lane_index() < splat_i(n) ? load_n(p, n) : splat(-__builtin_inff());
-}
-
 template <typename T>
 DF_INLINE float row_max(const T* x, int64_t n) {
   VecF best[kUnroll];
@@ -233,9 +227,10 @@ void whole(const WholeParams& p) {
     return taken;
   };
   float* const row_loss = take(p.num_rows);
-  float* const logits = take(p.chunk_rows * stride);
   const Panels head{take(p.width * round_up(p.num_codes, kLanes)), p.width, p.num_codes};
-  const Panels transposed{take(p.num_codes * round_up(p.width, kLanes)), p.num_codes, p.width};
+  const bool grad = p.wants_gradient();
+  float* const logits = grad ? take(p.chunk_rows * stride) : nullptr;
+  const Panels transposed{grad ? take(p.num_codes * round_up(p.width, kLanes)) : nullptr, p.num_codes, p.width};
   pack(head, {p.weight, 1, p.width});
   if (p.dx) pack(transposed, {p.weight, p.width, 1});
   if (p.dbias) zero(p.dbias, p.num_codes);
@@ -246,7 +241,7 @@ void whole(const WholeParams& p) {
     Params chunk{};
     chunk.row_loss = row_loss + first;
     chunk.logits = logits;
-    chunk.grad = p.dx || p.dweight || p.dbias ? logits : nullptr;
+    chunk.grad = logits;
     chunk.dbias = p.dbias;
     chunk.target = p.target + first * p.target_stride;
     chunk.stats = p.stats;
@@ -261,7 +256,7 @@ void whole(const WholeParams& p) {
       const int64_t begin = i * task, end = begin + task < rows ? begin + task : rows;
       static thread_local ThreadScratch scratch;  // what is not kept stays in the caches
       Params part = chunk;
-      float* const own = chunk.grad ? logits + begin * stride : scratch.floats(task * stride);
+      float* const own = grad ? logits + begin * stride : scratch.floats(task * stride);
       part.logits = own;
       part.row_loss += begin;
       part.target += begin * part.target_stride;

@@ -175,11 +175,10 @@ void run(const Params& p, void* stream) {
     DF_LAUNCH((loss_and_grad<T, G, decltype(rows)::value>), launch.blocks, launch.block, 0, stream, p);
   });
   if (!p.grad || !p.dbias) return;
-  const auto sums = [&](auto rows) {
+  with_pieces(pieces, [&](auto rows) {
     DF_LAUNCH((column_sums<G, decltype(rows)::value>), static_cast<unsigned>((p.num_codes + kColumns - 1) / kColumns),
               kColumnThreads, 0, stream, p);
-  };
-  pieces ? sums(std::integral_constant<Rows, Rows::kPieces>()) : sums(std::integral_constant<Rows, Rows::kElements>());
+  });
 }
 
 }  // namespace

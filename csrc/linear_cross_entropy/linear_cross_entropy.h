@@ -66,17 +66,20 @@ struct WholeParams {
   int64_t chunk_rows;  // whose logits exist at a time
   int64_t ignore_index;
   float grad_scale;
+
+  bool wants_gradient() const { return dx || dweight || dbias; }
 };
 
 // Floats between rows of logits: an odd number of vectors, or rows at one column would meet in the same sets of a
 // cache.
 constexpr int64_t logits_stride(int64_t num_codes) { return (num_codes + 31) / 32 * 32 + 16; }
 
-// Floats of the losses, of a chunk's logits and of packed factors: weight^T, weight, and a chunk of x.
-constexpr int64_t whole_workspace(int64_t num_rows, int64_t num_codes, int64_t width, int64_t chunk_rows) {
+// Floats of the losses and of packed weight^T; for gradients of a chunk's logits, of packed weight and a chunk of x
+// too.
+constexpr int64_t whole_workspace(int64_t num_rows, int64_t num_codes, int64_t width, int64_t chunk_rows, bool grad) {
   const int64_t codes = (num_codes + 15) / 16 * 16, channels = (width + 15) / 16 * 16;
-  return (num_rows + 15) / 16 * 16 + chunk_rows * (logits_stride(num_codes) + channels) + width * codes +
-         num_codes * channels;
+  const int64_t loss = (num_rows + 15) / 16 * 16 + width * codes;
+  return grad ? loss + chunk_rows * (logits_stride(num_codes) + channels) + num_codes * channels : loss;
 }
 
 DF_CPU_LAUNCHER(check, CheckParams)

@@ -13,18 +13,6 @@ namespace {
 
 constexpr int64_t kTaskRows = 64;
 
-template <typename T>
-DF_INLINE VecF load_part(const T* from, int64_t n) {
-  return n >= kLanes ? loadu(from) : n > 0 ? load_n(from, static_cast<int>(n)) : VecF{};
-}
-template <typename T>
-DF_INLINE void store_part(T* to, VecF v, int64_t n) {
-  if (n >= kLanes)
-    storeu(to, v);
-  else if (n > 0)
-    store_n(to, v, static_cast<int>(n));
-}
-
 // The pixels of kLanes windows: left and right of the upper row, then of the lower one.
 template <typename T>
 DF_INLINE void load_windows(VecF (&pixel)[4], const T* upper, int64_t width, int64_t x) {

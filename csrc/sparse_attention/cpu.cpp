@@ -22,8 +22,6 @@ using namespace ::dalle_fast::DF_CPU_NAMESPACE;
 
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
-
 // ---- memory of a task
 
 // What no position fills (between text and image, a prefix's empty slots) holds anything, and is masked.

@@ -17,8 +17,6 @@ namespace DF_CPU_NAMESPACE {
 
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f;
-
 struct Workspace {
   bf16* rows;          // [columns, dim]: staging
   uint32_t *kt, *vt;   // [dim / 2, columns], pairs along the head dimension

@@ -12,7 +12,6 @@ namespace dalle_fast::sparse_attention {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kMaxDim = 128;
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Rows of a tile of the other side: at most 8 KiB of elements
 template <typename T, int kDim>

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..memory import is_plain
+
 NAMESPACE = "dalle_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 IMPLEMENTATIONS: dict[str, Callable] = {}
@@ -26,16 +28,13 @@ def no_second_derivative(op: str) -> dict[str, Callable]:
     return {"setup_context": lambda ctx, inputs, output: None, "backward": backward}
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
 def _is_eager(inputs: tuple) -> bool:
     """Whether nothing but autograd watches: CPU tensors, no profiler, mode, transform, subclass or lazy view.
 
     An op then runs without the dispatcher, whose turns through Python cost 30 us for a forward and a backward pass.
     """
     for x in inputs:
-        if isinstance(x, torch.Tensor) and (type(x) not in _PLAIN or x.device.type != "cpu" or x.is_neg()):
+        if isinstance(x, torch.Tensor) and (not is_plain(x) or x.is_neg()):
             return False
     return not (
         torch._C._len_torch_dispatch_stack()

@@ -85,7 +85,7 @@ def _run_whole(x, weight, target, bias, ignore_index, compute, needs, chunk_rows
         for grad, flag in zip(grads, (NEEDS_X, NEEDS_WEIGHT, NEEDS_BIAS))
     ]
     chunk_rows = _chunk_rows(chunk_rows, num_rows, num_codes, needs)
-    count = _C.linear_cross_entropy_workspace(num_rows, num_codes, width, chunk_rows)
+    count = _C.linear_cross_entropy_workspace(num_rows, num_codes, width, chunk_rows, needs != 0)
     inputs = (_dense(x), _dense(weight), target, None if bias is None else _dense(bias))
     scale = _grad_scale(x, compute) * upstream
     buffer = memory.empty(x, (count,), torch.float32)
