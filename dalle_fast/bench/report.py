@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..files import parse_json, read_bytes
+from .form import wrong_in
 from .page import page
 
 
@@ -76,10 +78,13 @@ def load(path: str | Path) -> dict:
         BenchError: no such file, or it holds no benchmark.
     """
     try:
-        report = json.loads(Path(path).read_text())
-        report["table"]["rows"], report["machine"]["device"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchError(f"{path}: not a benchmark result ({type(error).__name__}: {error})") from None
+        report = parse_json(read_bytes(path))
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise BenchError(f"{path}: not JSON ({error})") from None
+    if wrong := wrong_in(report):
+        raise BenchError(f"{path}: not a benchmark result ({wrong})")
     return report
 
 
