@@ -180,14 +180,9 @@ def _with_flags(config_cls: type, start: Any, args: list[str], prog: str, outer:
         if not stop.code:
             raise
     text = " ".join(re.sub(r"[\u2500-\u257f]", " ", said.getvalue()).split())  # without the frame around it
-    text = re.sub(
-        r"^(Parsing error |Value error |Unrecognized options (?=Unrec))|Error parsing |,? ?(Argument|For full) helptext.*$",
-        "",
-        text,
-    ).strip()
-    raise ConfigError(
-        f"{prog.removeprefix('dalle-fast ')}: {shown(text, 1000)[1:-1]}; `{prog} --help` lists the options"
-    )
+    text = re.sub(r"^(Parsing error|Value error|Unrecognized options(?= Unrecognized))|Error parsing", "", text)
+    text = shown(re.sub(r"(Argument|For full) helptext.*$", "", text).strip(" ,"), 1000)[1:-1]
+    raise ConfigError(f"{prog.removeprefix('dalle-fast ')}: {text}; `{prog} --help` lists the options")
 
 
 def _field_flags(config: Any, where: str = "--") -> list[str]:

@@ -149,7 +149,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("padding", {"strategy": {"Fixed": 1 << 30}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": ""}),
+        ("padding", {"strategy": {"Fixed": 1 << 30}, "direction": "Right", "pad_id": 0, "pad_type_id": 0}),
         ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}),
         ("normalizer", None),
     ],
