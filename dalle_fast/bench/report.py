@@ -80,9 +80,9 @@ def load(path: str | Path) -> dict:
     try:
         report = parse_json(read_bytes(path))
     except OSError as error:
-        raise BenchError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise BenchError(f"{path}: not a benchmark result ({error.strerror or error})") from None
     except ValueError as error:
-        raise BenchError(f"{path}: not JSON ({error})") from None
+        raise BenchError(f"{path}: not a benchmark result (not JSON: {error})") from None
     if wrong := wrong_in(report):
         raise BenchError(f"{path}: not a benchmark result ({wrong})")
     return report
