@@ -271,6 +271,7 @@ def _bench(args: list[str]) -> None:
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch and of our kernels; 0: as PyTorch chooses")
     parser.add_argument("--seconds", type=float, default=900.0, help="rows that begin later are timed without peers")
+    parser.add_argument("--fresh", action="store_true", help="measure the machine's peaks anew; they are kept else")
     parser.add_argument("--scaling", action="store_true", help="in place of the rows: time against what grows")
     parser.add_argument("--overhead", action="store_true", help="in place of the rows: the cost of a call")
     parser.add_argument("--all", action="store_true", help="rows, --scaling and --overhead")
@@ -307,10 +308,13 @@ def _bench(args: list[str]) -> None:
     if arguments.list:
         print("\n".join(rows))
         return
-    facts, table, more = bench.machine(), {"roofs": {}, "rows": []}, {}
+    facts, table, more = bench.machine(), {"peaks": {}, "rows": []}, {}
     timer = bench.Timer("cpu", budget=3.0)
     if arguments.all or not (arguments.scaling or arguments.overhead):
-        table = bench.run(rows.items(), timer, only=arguments.ops, peers=arguments.peers, seconds=arguments.seconds)
+        table = bench.run(
+            rows.items(), timer, only=arguments.ops, peers=arguments.peers, seconds=arguments.seconds,
+            fresh=arguments.fresh,
+        )  # fmt: skip
         if not table["rows"]:
             raise ConfigError(f"--ops: no row matches {arguments.ops!r}; --list prints them")
         print(bench.show(table).split("\n", 2)[0])
@@ -324,16 +328,17 @@ def _bench(args: list[str]) -> None:
         print(f"{path}\n{path.with_suffix('.html')}")
     wrong = bench.failures(table)
     if recorded is not None:
-        again = functools.partial(_measure_again, rows, timer, table["roofs"], arguments.peers)
+        machine = bench.Peaks(table["peaks"], "of the first attempt")
+        again = functools.partial(_measure_again, rows, timer, machine, arguments.peers)
         wrong += bench.check({"machine": facts, "table": table}, recorded, again)
     if wrong:
         raise bench.BenchError("\n".join(["these rows are wrong or have lost:", *wrong]))
 
 
-def _measure_again(rows: dict, timer: Any, roofs: dict[str, float], peers: str, name: str) -> dict:
+def _measure_again(rows: dict, timer: Any, machine: Any, peers: str, name: str) -> dict:
     from . import bench
 
-    return bench.measure(rows[name](), timer, roofs, peers=peers)
+    return bench.measure(rows[name](), timer, machine, peers=peers)
 
 
 def _histograms(args: list[str]) -> None:

@@ -9,13 +9,14 @@ from .check import check, records
 from .optimizers import adamw_row, optimizer_rows
 from .overhead import measure_overheads
 from .page import page
+from .peak_rates import PEAKS, Peaks, peaks
 from .relaxation import relaxation_row, relaxation_rows
 from .report import BenchError, compare, load, machine, markdown, save, summary
 from .rows import Row, room_rows
 from .scaling import measure_curves
 from .steps import step_rows
 from .table import failures, line, measure, run, show
-from .timing import Timer, Timing, roofs
+from .timing import Timer, Timing
 from .vocabularies import vocabulary_row, vocabulary_rows
 
 
@@ -32,7 +33,9 @@ def all_rows(clone: str = "") -> Iterator[tuple[str, Callable[[], Row]]]:
 
 
 __all__ = [
+    "PEAKS",
     "BenchError",
+    "Peaks",
     "Row",
     "Timer",
     "Timing",
@@ -50,10 +53,10 @@ __all__ = [
     "measure_overheads",
     "optimizer_rows",
     "page",
+    "peaks",
     "records",
     "relaxation_row",
     "relaxation_rows",
-    "roofs",
     "room_rows",
     "run",
     "save",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .page import page
+from .page import page, why_not_timed
 
 
 class BenchError(UserError):
@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
 
     level = _backend._C.cpu_level() if _backend._C else None
     return {
-        "device": _cpu_name(),
+        "device": cpu_name(),
         "cpu_level": {0: "portable", 3: "AVX2", 4: "AVX-512", 5: "AVX-512 with BF16", 6: "AMX"}.get(level),
         "torch": torch.__version__,
         "torch_cpu": torch.backends.cpu.get_cpu_capability(),
@@ -39,7 +39,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system calls the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -78,6 +79,8 @@ def load(path: str | Path) -> dict:
     try:
         report = json.loads(Path(path).read_text())
         report["table"]["rows"], report["machine"]["device"]
+        if "roofs" in report["table"]:  # as results before December 2026 call them
+            report["table"]["peaks"] = report["table"].pop("roofs")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchError(f"{path}: not a benchmark result ({type(error).__name__}: {error})") from None
     return report
@@ -117,7 +120,7 @@ def markdown(report: dict) -> str:
     ]
     for row in report["table"]["rows"]:
         if "median_ms" not in row:
-            lines.append(f"| {row['name']} | failed: {row['failed']} | | | | | | | | |")
+            lines.append(f"| {row['name']} | {why_not_timed(row)} | | | | | | | | |")
             continue
         start = f"| {row['name']} | {row['median_ms']:.3f} | {_cold(row)} | {row['share']:.0%} | {_memory(row)} |"
         peers = [(name, peer) for name, peer in row["peers"].items() if isinstance(peer, dict)]
