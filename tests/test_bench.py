@@ -102,7 +102,12 @@ def test_files_are_whole_and_safe(tmp_path):
     assert "wrong" in page
     assert "http" not in page, "the page needs no other file"
     assert "| peer |" in bench.markdown(bench.load(path))
-    assert "| peer |" in bench.summary(bench.load(path))
+    both = [bench.load(path)] * 2
+    assert "forward" in bench.summary(both[:1])
+    level = both[0]["machine"]["cpu_level"]
+    assert bench.summary(both).splitlines()[0].count(f"forward, {level}") == 2
+    (line,) = (line for line in bench.side_by_side(both).splitlines() if "alert" in line)
+    assert line.count(" peer |") == 2
 
 
 def test_documents_are_of_the_newest_result():

@@ -11,7 +11,7 @@ from .overhead import measure_overheads
 from .page import page
 from .peak_rates import PEAKS, Peaks, peaks
 from .relaxation import relaxation_row, relaxation_rows
-from .report import BenchError, compare, load, machine, markdown, save, summary
+from .report import BenchError, compare, load, machine, markdown, save, side_by_side, summary
 from .rows import Row, room_rows
 from .scaling import measure_curves
 from .steps import step_rows
@@ -61,6 +61,7 @@ __all__ = [
     "run",
     "save",
     "show",
+    "side_by_side",
     "step_rows",
     "summary",
     "vocabulary_row",
