@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from test_train import log_of
 
 from dalle_fast.models import store
@@ -83,12 +85,23 @@ def run_everywhere(machines: list[str], folders: list[Path], command: str) -> No
     assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
 
 
+def few_pairs(folder: Path) -> Path:
+    """Pictures with captions: fewer than the emoji, which every process would read and encode."""
+    folder.mkdir()
+    for i in range(24):
+        pixels = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"noise number {i}")
+    return folder
+
+
 def test_the_readme_trains_on_two_machines_and_goes_on(tmp_path, machines):
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
     dvae, dalle = commands()
-    short = " --loop.sample-every 0 --loop.batch-size 8 --loop.save-every 3 --loop.log-every 1 --loop.steps "
+    data = f" --data.source {few_pairs(tmp_path / 'pairs')}"
+    short = data + " --loop.sample-every 0 --loop.batch-size 8 --loop.save-every 3 --loop.log-every 1 --loop.steps "
     run_everywhere(machines, folders, dvae + short + "2")
     assert not (folders[1] / "runs").exists()  # one machine writes
     shutil.copytree(folders[0] / "runs/mine/dvae", folders[1] / "runs/mine/dvae")
