@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from ..ops import orthonormalize
 from .adamw16 import AdamW16
 
 UPDATE_RMS = 0.2
-"""Root mean square that an update of full rank has for a step size of 1, as AdamW's typically have (Liu et al. 2025)."""
+"""Root mean square of an update of full rank for a step size of 1: what AdamW's typically have (Liu et al. 2025)."""
 
 
 class Dion(AdamW16):
