@@ -3,7 +3,7 @@
 
 A target makes case `number` of `seed` from these two numbers alone. Workers take blocks of cases, and a new one goes on
 behind a case that has killed its worker. A case hangs when it takes more than `limit` seconds of processor time, or
-`WALL` times as long on the clock: other programs may hold a busy machine that long.
+`WALL` times as long without it, as a deadlock does: on a busy machine a case may have to wait.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -27,7 +29,7 @@ from typing import Protocol
 
 GOOD = ("right", "refused")
 BLOCK = 1000
-WALL = 24
+WALL = 6
 MEMORY = 4 << 30  # bytes that a worker may have beyond what it was forked with
 _BOARD = struct.Struct("<qdqq")  # case, processor time when it began, how many were right, how many refused
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -107,7 +109,7 @@ class _Worker:
         self.board = mmap.mmap(-1, _BOARD.size)
         self.board[:] = _BOARD.pack(begin, 0.0, 0, 0)
         self.log, self.trace = folder / f"{begin}.jsonl", folder / f"{begin}.trace"
-        self.since, self.at = time.monotonic(), begin
+        self.watched, self.seen, self.at = 0.0, time.monotonic(), begin
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -126,14 +128,14 @@ class _Worker:
         faulthandler.enable(file=trace)
         faulthandler.register(signal.SIGUSR1, file=trace)
         _limit_memory()
+        warnings.simplefilter("ignore")
         counts = Counter()
         with open(self.log, "w") as log:
             for number in range(self.begin, self.end):
                 self.board[:] = _BOARD.pack(number, time.process_time(), *(counts[kind] for kind in GOOD))
-                call = target.make(seed, number)
-                if call is None:
+                outcome = _outcome(target, seed, number)
+                if outcome is None:
                     continue
-                outcome = call.run()
                 counts[outcome.kind] += 1
                 if outcome.kind not in GOOD:
                     json.dump({"number": number, "kind": outcome.kind, "text": outcome.text}, log)
@@ -147,11 +149,14 @@ class _Worker:
     def hangs(self, limit: float) -> bool:
         """Whether its case has taken too long."""
         number, begin, *_ = _BOARD.unpack(self.board[:])
+        now = time.monotonic()
+        self.watched += min(now - self.seen, 0.1)  # while this process was stopped, so was the worker
+        self.seen = now
         if number != self.at:
-            self.at, self.since = number, time.monotonic()
-        if time.monotonic() - self.since < limit:
+            self.at, self.watched = number, 0.0
+        if self.watched < limit:
             return False
-        return _processor_time(self.pid) - begin > limit or time.monotonic() - self.since > WALL * limit
+        return _processor_time(self.pid) - begin > limit or self.watched > WALL * limit
 
     def kill(self) -> None:
         """With a trace of all threads first."""
@@ -169,6 +174,14 @@ class _Worker:
 
     def last_words(self) -> str:
         return self.trace.read_text(errors="replace")[-3000:] if self.trace.exists() else ""
+
+
+def _outcome(target: Target, seed: int, number: int) -> Outcome | None:
+    try:
+        call = target.make(seed, number)
+        return None if call is None else call.run()
+    except Exception:
+        return Outcome("fuzzer", traceback.format_exc())
 
 
 def _limit_memory() -> None:
