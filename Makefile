@@ -15,7 +15,7 @@ help:
 	@echo "make gpu     on a machine with an NVIDIA GPU: tests, sanitizers and benchmarks there, under ten minutes"
 	@echo "make torture  kill -9, signals, damage, full disks, bad data: every run must end as if nothing had been"
 	@echo "make lint    ruff and clang-format"
-	@echo "make cuda    compile all CUDA code for sm_80 and sm_90a, without a spilled register (needs nvcc)"
+	@echo "make cuda    compile all CUDA code for sm_80 and sm_90, without a spilled register (needs nvcc)"
 	@echo "make sanitize  the CUDA kernels on the host executor under ASan and UBSan"
 
 demo: setup
@@ -43,7 +43,7 @@ lint: setup
 
 # In the folder of the inner loop: what `make build` has compiled for the same architectures is not compiled again.
 cuda: setup
-	$(BIN)/cmake -S . -B build/inplace -DDF_CUDA=ON -DDF_CUDA_ARCHS="8.0;9.0a" > build.log 2>&1 || (cat build.log && false)
+	$(BIN)/cmake -S . -B build/inplace -DDF_CUDA=ON -DDF_CUDA_ARCHS="8.0;9.0+PTX" > build.log 2>&1 || (cat build.log && false)
 	@rm -f build.log
 	$(BIN)/cmake --build build/inplace
 	$(BIN)/python .ci/check_spills build/inplace/cuda/*.ptxas
