@@ -113,14 +113,13 @@ def choose(room: str, backend: str, tensor: torch.Tensor, *, supported: bool = T
     if device_type == "meta":  # shapes only: the registered op answers without memory
         device_type = "cpu"
     runs = supported and has_room(room, device_type)
-    index = tensor.device.index or 0
     if runs and device_type == "cuda":
-        runs = not cuda_problem(index)
+        runs = not cuda_problem(tensor.device.index or 0)
     if backend == "auto":
         return device_type if runs else "reference"
     if runs and backend == device_type:
         return backend
-    cause = reason if not supported else why_not(room, backend, device_type, index)
+    cause = reason if not supported else why_not(room, backend, device_type, tensor.device.index or 0)
     raise RuntimeError(f'backend="{backend}" cannot run {room}: {cause}')
 
 
