@@ -136,7 +136,7 @@ class Loop:
         step, config = self.step, self.config
         rate = self.recipe.learning_rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.model.train()
         inputs = self.recipe.prepare(step)
         parts = config.accumulate
