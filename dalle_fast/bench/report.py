@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..files import parse_json, read_bytes
+from .form import wrong_in
 from .page import page, why_not_timed
 
 # What makes a newer processor behave like an older one for us, PyTorch, oneDNN and MKL (CONTRIBUTING.md).
@@ -88,12 +90,15 @@ def load(path: str | Path) -> dict:
         BenchError: no such file, or it holds no benchmark.
     """
     try:
-        report = json.loads(Path(path).read_text())
-        report["table"]["rows"], report["machine"]["device"]
-        if "roofs" in report["table"]:  # as results before December 2026 call them
-            report["table"]["peaks"] = report["table"].pop("roofs")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchError(f"{path}: not a benchmark result ({type(error).__name__}: {error})") from None
+        report = parse_json(read_bytes(path))
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise BenchError(f"{path}: not JSON ({error})") from None
+    if wrong := wrong_in(report):
+        raise BenchError(f"{path}: not a benchmark result ({wrong})")
+    if "roofs" in report["table"]:  # as results before December 2026 call them
+        report["table"]["peaks"] = report["table"].pop("roofs")
     return report
 
 

@@ -82,7 +82,7 @@ def _curves(run_dir: Path) -> list[str]:
         lines = read_lines(run_dir / stage / "metrics.jsonl")
         curves = {}
         for key, label in names.items():
-            points = [(line["step"], line[key]) for line in lines if key in line]
+            points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
             if points:
                 curves[label] = ([p[0] for p in points], [p[1] for p in points])
         if stage != "dalle":  # quantities of different scales get charts of their own

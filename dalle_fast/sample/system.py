@@ -72,6 +72,8 @@ class System:
             raise CheckpointError(f"{run_dir}: no such run folder")
         dvae = load_model(run_dir / "dvae", expect="dvae").to(device)
         dalle = load_model(run_dir / "dalle", expect="dalle").to(device)
+        if getattr(dalle, "tokenizer", None) is None:
+            raise CheckpointError(f"{run_dir / 'dalle'}: its checkpoint has no tokenizer.json")
         clip = load_model(run_dir / "clip", expect="clip").to(device) if (run_dir / "clip").is_dir() else None
         return cls(dvae, dalle, clip, dalle.tokenizer)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from ..data import PairDataset, Tokenizer, load_batch
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, require_numbers
 from ..models import DALLE, DVAE, DALLEConfig
 from ..models.store import find_latest, load_model, read_json
 from ..nn import Noise
@@ -23,7 +24,7 @@ from ..optim import AdamW16, Dion, ResblockGradScaler
 from ..optim.schedules import PlateauHalving, cosine, warmup_linear
 from ..parallel.world import World
 from ..sample import SampleOptions, contact_sheet, generate_tokens, to_uint8
-from .config import DataConfig, LoopConfig
+from .config import LARGEST, DataConfig, LoopConfig, require_betas
 from .recipe import Recipe
 
 # Data sets up to this size are encoded once when nothing is augmented.
@@ -65,6 +66,8 @@ class DALLETrainConfig:
         for name in ("bpe_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        require_numbers(self, learning_rate=(0, math.inf), weight_decay=(0, math.inf), warmup_steps=(0, LARGEST))
+        require_betas(self.betas)
         if self.schedule not in ("plateau", "cosine"):
             raise ConfigError(f"schedule: expected plateau or cosine, got {self.schedule!r}")
         if self.optimizer not in ("adamw16", "adamw", "dion"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 from PIL import Image
 
 from ..data import load_batch, sample_indices
-from ..errors import ConfigError
+from ..errors import ConfigError, require_ints, require_numbers
 from ..models import DVAE, DVAEConfig
 from ..optim.schedules import cosine
 from ..parallel.world import World
 from ..sample import contact_sheet, to_uint8
 from .codes import begin_with_codes
-from .config import DataConfig, LoopConfig
+from .config import LARGEST, DataConfig, LoopConfig, require_betas
 from .recipe import Recipe
 
 _PICTURES_FOR_CODES = 512
@@ -59,13 +60,14 @@ class DVAETrainConfig:
         self.loop.refuse_transformer_options("dvae")
         if not 0 < self.final_tau <= 1:
             raise ConfigError(f"final_tau: expected a number in (0, 1], got {self.final_tau}")
-        if self.initial_tau < self.final_tau:
-            raise ConfigError(f"initial_tau: expected at least final_tau {self.final_tau}, got {self.initial_tau}")
         if self.codes not in ("random", "kmeans"):
             raise ConfigError(f"codes: expected random or kmeans, got {self.codes!r}")
-        for name in ("learning_rate", "beta", "weight_decay", "final_learning_rate", "encoder_lr_scale"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        rates = ("learning_rate", "beta", "weight_decay", "final_learning_rate", "encoder_lr_scale")
+        require_numbers(self, **dict.fromkeys(rates, (0, math.inf)), initial_tau=(0, math.inf))
+        require_ints(self, **dict.fromkeys(("learning_rate_steps", "beta_steps", "tau_steps"), LARGEST))
+        require_betas(self.betas)
+        if self.initial_tau < self.final_tau:
+            raise ConfigError(f"initial_tau: expected at least final_tau {self.final_tau}, got {self.initial_tau}")
 
 
 class DVAERecipe(Recipe):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, TrainingError
-from ..models.store import model_files, read_json
+from ..models.store import model_files
 from ..optim.gradient_scale import WINDOW
 from ..optim.shards import local_part
 from ..parallel import pieces
@@ -267,7 +267,14 @@ class Loop:
         folder = checkpoint.find(world, self.run_dir, say)
         if folder is None:
             return False
-        state = world.first(lambda: read_json(folder / "state.json"))
+        file = folder / "state.json"
+        state = world.first(lambda: checkpoint.read_state(file))
+        with checkpoint.reading(file):
+            self._take_up(folder, state)
+        return True
+
+    def _take_up(self, folder: Path, state: dict[str, Any]) -> None:
+        world = self.world
         world.each(lambda: self._take_recipe(folder, state))
         pieces.read_into(world, folder / "model.safetensors", self.model.state_dict())
         if self.ema is not None:
@@ -286,7 +293,6 @@ class Loop:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.window = _Window(**state["window"])
         self.last = state["last"]
-        return True
 
     def _take_recipe(self, folder: Path, state: dict[str, Any]) -> None:
         if state["data"] != self.recipe.dataset.fingerprint():
