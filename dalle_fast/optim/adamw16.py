@@ -128,34 +128,43 @@ class AdamW16(torch.optim.Optimizer):
             grad_scale = scale if isinstance(grad_scale, float) and grad_scale == 1.0 else scale * grad_scale
         found_inf = getattr(self, "found_inf", found_inf)
         for group in self.param_groups:
-            updated = [p for p in group["params"] if p.grad is not None]
-            if not updated:
-                continue
-            states = [self.state[p] for p in updated]
-            for p, state in zip(updated, states, strict=True):
-                if p.dtype != torch.float32 or p.grad.is_sparse:
-                    what = "a sparse gradient" if p.grad.is_sparse else f"dtype {p.dtype}"
-                    raise TypeError(f"params: expected dense float32, got {what}")
-                if not state:
-                    self._start(p, state, group)
-            steps = [state["step"] for state in states]
-            device = updated[0].device
-            if group["capturable"] or device.type == "cpu":  # step numbers lie where the kernel counts them
-                lr = group["lr"] if group["capturable"] else float(group["lr"])
-                self._update(group, updated, states, steps, lr, _on(device, grad_scale), _on(device, found_inf))
-                continue
-            if updated[0].is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("step() is captured in a CUDA graph: construct AdamW16 with capturable=True")
-            if found_inf is not None and found_inf.item():
-                continue
-            torch._foreach_add_(steps, 1)
-            by_step: dict[int, list[int]] = {}
-            for i, number in enumerate(torch.stack(steps).tolist()):
-                by_step.setdefault(number, []).append(i)
-            for number, chosen in by_step.items():
-                some = [updated[i] for i in chosen], [states[i] for i in chosen]
-                self._update(group, *some, number, float(group["lr"]), float(grad_scale), None)
+            self._step_group(group, grad_scale, found_inf)
         return loss
+
+    def _step_group(
+        self, group: dict[str, Any], grad_scale: float | torch.Tensor, found_inf: torch.Tensor | None
+    ) -> None:
+        updated = [p for p in group["params"] if p.grad is not None]
+        if not updated:
+            return
+        states = [self.state[p] for p in updated]
+        for p, state in zip(updated, states, strict=True):
+            self._check(p)
+            if not state:
+                self._start(p, state, group)
+        steps = [state["step"] for state in states]
+        device = updated[0].device
+        if group["capturable"] or device.type == "cpu":  # step numbers lie where the kernel counts them
+            lr = group["lr"] if group["capturable"] else float(group["lr"])
+            self._update(group, updated, states, steps, lr, _on(device, grad_scale), _on(device, found_inf))
+            return
+        if updated[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("step() is captured in a CUDA graph: construct AdamW16 with capturable=True")
+        if found_inf is not None and found_inf.item():
+            return
+        torch._foreach_add_(steps, 1)
+        by_step: dict[int, list[int]] = {}
+        for i, number in enumerate(torch.stack(steps).tolist()):
+            by_step.setdefault(number, []).append(i)
+        for number, chosen in by_step.items():
+            some = [updated[i] for i in chosen], [states[i] for i in chosen]
+            self._update(group, *some, number, float(group["lr"]), float(grad_scale), None)
+
+    @staticmethod
+    def _check(p: torch.Tensor) -> None:
+        if p.dtype != torch.float32 or p.grad.is_sparse:
+            what = "a sparse gradient" if p.grad.is_sparse else f"dtype {p.dtype}"
+            raise TypeError(f"params: expected dense float32, got {what}")
 
     def _update(
         self,
@@ -208,11 +217,14 @@ class AdamW16(torch.optim.Optimizer):
         params = [(p, group["capturable"]) for group in self.param_groups for p in group["params"]]
         for i, (p, capturable) in zip(ids, params, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                if name == "step":
-                    kept = value.detach().to("cpu" if not capturable else p.device, copy=True)
-                else:  # codes and averages in the parameter's memory order, whatever the file had
-                    kept = torch.empty_like(p, dtype=value.dtype).copy_(value.detach())
-                self.state[p][name] = kept
+                self.state[p][name] = self._restored(p, name, value, capturable)
+
+    def _restored(self, p: torch.Tensor, name: str, value: torch.Tensor, capturable: bool) -> torch.Tensor:
+        """What the state of a loaded optimizer holds under a name."""
+        if name == "step":
+            return value.detach().to("cpu" if not capturable else p.device, copy=True)
+        # codes and averages in the parameter's memory order, whatever the file had
+        return torch.empty_like(p, dtype=value.dtype).copy_(value.detach())
 
 
 def _as_tensor(lr: float | torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
