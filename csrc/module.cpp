@@ -89,6 +89,13 @@ PYBIND11_MODULE(DF_MODULE, m) {
   bind_sparse_attention(m);
   bind_vq_bottleneck(m);
 
+  std::vector<int> levels;
+  for (const CpuLevel level : built_cpu_levels()) levels.push_back(static_cast<int>(level));
+  m.attr("cpu_levels") = levels;
+  if (best_cpu_level() == CpuLevel::kNone)
+    throw pybind11::import_error(
+        "the extension was built for another processor (DF_CPU_LEVELS=native) and this one runs none of its levels; "
+        "build it again, or with DF_CPU_LEVELS=all");
   m.def("cpu_level", [] { return static_cast<int>(cpu_level()); });
   m.def("best_cpu_level", [] { return static_cast<int>(best_cpu_level()); });
   m.def("set_cpu_level", [](int level) { set_cpu_level(static_cast<CpuLevel>(level)); });

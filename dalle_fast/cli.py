@@ -274,6 +274,7 @@ def _bench(args: list[str]) -> None:
     parser.add_argument("--fresh", action="store_true", help="measure the machine's peaks anew; they are kept else")
     parser.add_argument("--scaling", action="store_true", help="in place of the rows: time against what grows")
     parser.add_argument("--overhead", action="store_true", help="in place of the rows: the cost of a call")
+    parser.add_argument("--levels", action="store_true", help="in place of the rows: each op at every CPU level")
     parser.add_argument("--all", action="store_true", help="rows, --scaling and --overhead")
     parser.add_argument("--clone", default="", help="folder with a clone of DALLE-pytorch: one more peer of a step")
     results = {"nargs": "?", "const": "benchmarks/results", "default": ""}
@@ -310,7 +311,9 @@ def _bench(args: list[str]) -> None:
         return
     facts, table, more = bench.machine(), {"peaks": {}, "rows": []}, {}
     timer = bench.Timer("cpu", budget=3.0)
-    if arguments.all or not (arguments.scaling or arguments.overhead):
+    if arguments.levels:
+        more["levels"] = bench.measure_levels(only=arguments.ops)
+    if arguments.all or not (arguments.scaling or arguments.overhead or arguments.levels):
         table = bench.run(
             rows.items(), timer, only=arguments.ops, peers=arguments.peers, seconds=arguments.seconds,
             fresh=arguments.fresh,
@@ -326,7 +329,7 @@ def _bench(args: list[str]) -> None:
         whole = arguments.all and not (arguments.ops or arguments.peers)
         path = bench.save(table, Path(arguments.json), facts, whole=whole, **more)
         print(f"{path}\n{path.with_suffix('.html')}")
-    wrong = bench.failures(table)
+    wrong = bench.failures(table) + bench.wrong_levels(more.get("levels", []))
     if recorded is not None:
         machine = bench.Peaks(table["peaks"], "of the first attempt")
         again = functools.partial(_measure_again, rows, timer, machine, arguments.peers)

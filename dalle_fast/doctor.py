@@ -19,6 +19,7 @@ Facts = dict[str, Any]
 def report() -> Facts:
     """The facts a bug report needs: versions, the extension, CPU level, CUDA as torch and as the extension see it.
 
+    `cpu_level` is the number of the level in use (`_backend.CPU_LEVELS`), `cpu_levels` the names of those in the build.
     `cuda_devices` has a dict for each device: name, capability, shared_memory_per_block (bytes), num_sms, image (the
     code that the kernels have there) and problem (why they cannot run; empty when they can).
     """
@@ -32,6 +33,7 @@ def report() -> Facts:
         "extension": extension is not None,
         "extension_error": _backend.EXTENSION_ERROR,
         "cpu_level": extension.cpu_level() if extension else None,
+        "cpu_levels": [n for n, i in _backend.CPU_LEVELS.items() if extension and i in extension.cpu_levels],
         "cuda_archs": extension.cuda_archs if extension else None,
         "cuda_status": extension.cuda_status() if extension else None,
         "cuda_runtime": _version(extension.cuda_runtime()) if extension else None,

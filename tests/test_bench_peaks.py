@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dalle_fast import bench
 from dalle_fast.bench import PEAKS, Peaks, guard, peak_rates
 from dalle_fast.bench.guard import SlowProductGuard, TooSlow
+from dalle_fast.ops import _backend
 
 RATES = dict(zip(PEAKS, (1e10, 1e11, 3e8), strict=True))
 
@@ -222,3 +223,13 @@ def test_results_of_before_are_read(tmp_path):
     old = {"date": "2026-01-02", "machine": {"device": "x"}, "table": {"roofs": RATES, "rows": []}}
     (tmp_path / "old.json").write_text(json.dumps(old))
     assert bench.load(tmp_path / "old.json")["table"]["peaks"] == RATES
+
+
+def test_every_level_is_timed_and_held_to_the_bound():
+    (result,) = bench.measure_levels(0.01, "^null$", say=lambda line: None)
+    names = [name for name, number in _backend.CPU_LEVELS.items() if number in _backend.usable_cpu_levels()]
+    assert list(result["ms"]) == list(result["error"]) == names
+    assert bench.wrong_levels([result]) == []
+    result["error"][names[0]] = float("nan")
+    (line,) = bench.wrong_levels([result])
+    assert f"at {names[0]}: error nan" in line

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from .check import check, records
+from .levels import measure_levels, wrong_levels
 from .optimizers import adamw_row, optimizer_rows
 from .overhead import measure_overheads
 from .page import page
@@ -50,6 +51,7 @@ __all__ = [
     "markdown",
     "measure",
     "measure_curves",
+    "measure_levels",
     "measure_overheads",
     "optimizer_rows",
     "page",
@@ -66,4 +68,5 @@ __all__ = [
     "summary",
     "vocabulary_row",
     "vocabulary_rows",
+    "wrong_levels",
 ]

@@ -26,7 +26,15 @@ def _take_cpu_level() -> None:
     if name not in CPU_LEVELS:
         raise ValueError(f"DALLE_FAST_CPU: expected one of {', '.join(CPU_LEVELS)}, got {name!r}")
     if _C is not None:
+        if CPU_LEVELS[name] < _C.cpu_levels[0]:
+            built = ", ".join(level for level, number in CPU_LEVELS.items() if number in _C.cpu_levels)
+            raise ValueError(f"DALLE_FAST_CPU={name}: this build has {built} alone; DF_CPU_LEVELS=all builds all")
         _C.set_cpu_level(CPU_LEVELS[name])
+
+
+def usable_cpu_levels() -> list[int]:
+    """Those that the build has and the processor runs, ascending; none without the extension."""
+    return [] if _C is None else [level for level in _C.cpu_levels if level <= _C.best_cpu_level()]
 
 
 _take_cpu_level()
