@@ -15,7 +15,8 @@
   ((void)(stream), ::simt::launch({(grid), (block), (cluster), (shared_bytes), #kernel, DF_SIMT_ADDRESS(kernel)}, \
                                   [&] { kernel(__VA_ARGS__); }))
 #define DF_SIMT_ADDRESS(kernel) reinterpret_cast<const void*>(+kernel)
-#define DF_SHARED(T, name, count) \
+#define DF_SHARED(T, name, count)                                         \
+  static_assert(sizeof(T) * (count) <= ::dalle_fast::kMostStatic, #name); \
   T* const name = static_cast<T*>(::simt::static_shared(sizeof(T) * (count), DF_SIMT_SITE))
 #define DF_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::simt::dynamic_shared())
 #define DF_UNROLL
@@ -66,7 +67,9 @@ bool has_clusters(Kernel) {
       "launch of " #kernel, __FILE__, __LINE__)
 
 // Shared memory of a block: an array of a constant size, or what the launch asked for.
-#define DF_SHARED(T, name, count) __shared__ T name[count]
+#define DF_SHARED(T, name, count)                                         \
+  static_assert(sizeof(T) * (count) <= ::dalle_fast::kMostStatic, #name); \
+  __shared__ T name[count]
 #define DF_UNROLL _Pragma("unroll")
 #define DF_PRAGMA(text) _Pragma(#text)
 #define DF_UNROLL_BY(count) DF_PRAGMA(unroll count)
@@ -138,14 +141,17 @@ void allow_dynamic_shared(Kernel kernel, std::size_t bytes) {
   if (static_cast<std::size_t>(now.maxDynamicSharedSizeBytes) >= bytes) return;
   int device = 0;
   DF_CUDA_CHECK(cudaGetDevice(&device));
-  const std::size_t limit = shared_limit(device);
-  if (now.sharedSizeBytes + bytes > limit)
-    throw std::runtime_error("a kernel needs " + std::to_string(now.sharedSizeBytes + bytes) +
-                             " bytes of shared memory a block, device " + std::to_string(device) + " has " +
-                             std::to_string(limit));
-  // all that there is: another host thread may be about to launch with more
-  DF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(limit - now.sharedSizeBytes)));
+  // All that there is, as another host thread may be about to launch with more. Where the static part already counts
+  // what is reserved for each block (code for sm_90 declares it), `bytes` can be more than that: the runtime judges.
+  const std::size_t limit = shared_limit(device), fixed = now.sharedSizeBytes;
+  const std::size_t most = fixed + bytes <= limit ? limit - fixed : bytes;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)) !=
+      cudaSuccess) {
+    cudaGetLastError();
+    throw std::runtime_error("a kernel needs " + std::to_string(bytes) +
+                             " bytes of dynamic shared memory a block and " + std::to_string(fixed) +
+                             " of its own, device " + std::to_string(device) + " has " + std::to_string(limit));
+  }
 }
 
 // Whether blocks of a kernel can form clusters on the current device. That is up to the code that is loaded: what was

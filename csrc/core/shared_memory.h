@@ -13,6 +13,7 @@ constexpr std::size_t kSharedLimits[] = {
     std::size_t{227} << 10,  // sm_90, 100, 103, 110
 };
 constexpr std::size_t kLeastSharedLimit = kSharedLimits[0];
+constexpr std::size_t kMostStatic = 48 << 10;     // declared by a kernel, and without allow_dynamic_shared in all
 constexpr std::size_t kReservedShared = 1 << 10;  // what the system takes of an SM for each block
 
 // Blocks of so many bytes that an SM holds: it has the limit of one block and what is reserved for it.

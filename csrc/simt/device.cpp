@@ -5,14 +5,14 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "../core/shared_memory.h"
+
 namespace simt {
 namespace {
 
 using dalle_fast::DeviceCount;
 using dalle_fast::DeviceProperties;
 using dalle_fast::KernelImage;
-
-constexpr std::size_t kSharedByDefault = std::size_t{48} << 10;
 
 Platform& current() {
   static auto* made = new Platform();
@@ -68,12 +68,12 @@ void allow_dynamic_shared(const void* kernel, std::size_t bytes) {
 std::string refusal(const void* kernel, std::size_t fixed_bytes, std::size_t dynamic_bytes) {
   const KernelImage image = image_for(device(), current());
   if (!image.error.empty()) return image.error;
-  if (fixed_bytes > kSharedByDefault) return std::to_string(fixed_bytes) + " bytes of static shared memory";
+  if (fixed_bytes > dalle_fast::kMostStatic) return std::to_string(fixed_bytes) + " bytes of static shared memory";
   const std::size_t bytes = fixed_bytes + dynamic_bytes;
   if (bytes > device().shared_memory)
     return "invalid argument: " + std::to_string(bytes) + " bytes of shared memory, where the device has " +
            std::to_string(device().shared_memory);
-  if (bytes > kSharedByDefault && dynamic_bytes > allowed()[kernel])
+  if (bytes > dalle_fast::kMostStatic && dynamic_bytes > allowed()[kernel])
     return "invalid argument: " + std::to_string(bytes) + " bytes of shared memory, which nobody has allowed";
   return "";
 }

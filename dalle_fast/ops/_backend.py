@@ -93,7 +93,7 @@ def why_not(room: str, backend: str, device_type: str, index: int = 0) -> str:
     if _C is None:
         return f"the extension is not there ({EXTENSION_ERROR}); `dalle-fast doctor` says what to do"
     if backend == "cuda" and not _C.cuda_archs:
-        return "the extension was built without CUDA (no nvcc was found)"
+        return "the extension was built without CUDA (no nvcc was found, or no architecture from 8.0 on was asked for)"
     if not has_room(room, backend):
         return f"the op {room} has no {backend} kernel"
     return f"device {index}: {cuda_problem(index)}"
