@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +131,7 @@ def run_evaluation(
     source: str,
     options: EvaluationOptions | None = None,
     *,
+    splits: Sequence[str] = SPLITS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluates a system.
@@ -148,6 +149,7 @@ def run_evaluation(
         system: models and tokenizer.
         source: what the data config of its runs says: "emoji", "shapes", a folder or a tar.
         options: how much.
+        splits: of "seen" and "heldout".
         progress: called with (what, done, of how many).
 
     Raises:
@@ -157,7 +159,7 @@ def run_evaluation(
     tell = progress or (lambda what, done, total: None)
     result = Evaluation(numbers={"source": source, "options": dataclasses.asdict(options)})
     size = system.dvae.config.image_size
-    for split in SPLITS:
+    for split in splits:
         try:
             dataset = open_dataset(source, split, size)
         except DataError:

@@ -126,23 +126,27 @@ def judge_table(numbers: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _judge_section(numbers: dict[str, Any]) -> str:
+def _judge_table_html(numbers: dict[str, Any]) -> str:
     head, *rows = judge_table(numbers) or [[]]
     if not rows:
         return ""
-    count = numbers["options"]["num_captions"]
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join(
-        f"<tr><td>{html.escape(row[0])}</td><td>{html.escape(row[1])}</td>"
-        + "".join(f'<td class="n">{cell}</td>' for cell in row[2:])
-        + "</tr>"
-        for row in rows
-    )
+    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
+    for row in rows:
+        words, shares = row[:2], row[2:]
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in words)
+        lines.append(cells + "".join(f'<td class="n">{cell}</td>' for cell in shares))
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _judge_section(numbers: dict[str, Any]) -> str:
+    table = _judge_table_html(numbers)
+    if not table:
+        return ""
     return (
-        f"<h2>Right or wrong</h2><table><tr>{head}</tr>{body}</table><p>A sample shows what its nearest original among "
-        "all emoji of all tones shows (averages of 8 x 8 squares; nothing of it is trained). Best of N: the one that "
-        "CLIP ranks first. Chance: the same pictures judged against the captions of others. Ceiling: originals "
-        f"encoded and decoded by the dVAE. Up to {count} captions of each kind.</p>"
+        f"<h2>Right or wrong</h2>{table}<p>A sample shows what its nearest original among all emoji of all tones shows "
+        "(averages of 8 x 8 squares; nothing of it is trained). Best of N: the one that CLIP ranks first. Chance: the "
+        "same pictures judged against the captions of others. Ceiling: originals encoded and decoded by the dVAE. At "
+        f"most {numbers['options']['num_captions']} captions of each split.</p>"
     )
 
 
@@ -198,8 +202,20 @@ def sample_sheet(evaluation: Evaluation, split: str, num_rows: int = 12, num_sam
     )
 
 
-def write_report(evaluation: Evaluation, run_dir: Path | str, *, title: str = "dalle_fast report") -> dict[str, Path]:
+def write_report(
+    evaluation: Evaluation,
+    run_dir: Path | str,
+    *,
+    title: str = "dalle_fast report",
+    beside: tuple[str, Evaluation] | None = None,
+) -> dict[str, Path]:
     """Writes `report.html`, `evaluation.json`, `heldout.png`, `seen.png` and `reconstructions.png` into a run folder.
+
+    Args:
+        evaluation: what to show.
+        run_dir: the folder; curves come from the runs in it.
+        title: of the page.
+        beside: (what it is, evaluation) of another system, shown in a section of its own under that name.
 
     Returns:
         name -> path of each file.
@@ -218,6 +234,12 @@ def write_report(evaluation: Evaluation, run_dir: Path | str, *, title: str = "d
             paths[split] = run_dir / f"{split}.png"
             sample_sheet(evaluation, split).save(paths[split])
     sections.append(_judge_section(numbers))
+    if beside is not None:
+        name, other = beside
+        sections.append(f"<h2>For comparison: {html.escape(name)}</h2>")
+        for split, rows in other.samples.items():
+            sections.append(_sample_rows(rows, other.verdicts.get(split, {}), 6))
+        sections.append(_judge_table_html(other.numbers))
     sections.append(f"<h2>Numbers</h2>{_table(numbers)}")
     curves = {
         split: ([int(n) for n in numbers[split]["clip_best_of"]], list(numbers[split]["clip_best_of"].values()))

@@ -9,6 +9,6 @@ _FOLDER = Path(__file__).parent.parent / "pretrained"
 
 
 def find(name: str = "emoji") -> Path | None:
-    """The folder with `dvae`, `clip` and `dalle` of a system that ships, for `System.load`; None where there is none."""
+    """The folder of a system that ships (`dvae`, `clip`, `dalle`), for `System.load`; None where there is none."""
     folder = _FOLDER / name
     return folder if (folder / "dalle").is_dir() else None
