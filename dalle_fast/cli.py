@@ -61,7 +61,7 @@ def _take(cls: type, arguments: argparse.Namespace, skip: set[str] = frozenset()
 
 def _demo(args: list[str]) -> None:
     parser = _parser("demo", "Trains dVAE, CLIP and transformer, samples held-out captions, writes report.html.")
-    parser.add_argument("--minutes", type=float, default=16.0, help="time for training and evaluation")
+    parser.add_argument("--minutes", type=float, help="allowed for everything together; 25 where nothing is said")
     parser.add_argument("--run", default="runs/demo", help="folder; the same command goes on with what is there")
     parser.add_argument("--data", default="emoji", help="emoji or shapes")
     arguments = parser.parse_args(args)
