@@ -8,7 +8,7 @@ import torch
 from ..models import DVAE
 from ..nn import map_pixels
 
-MEAN_ENTROPY = 1.0
+MEAN_ENTROPY = 0.5
 """Nats that the encoder's first distributions over the codes have on average: sure, and still open to change."""
 _ROUNDS = 8
 _WINDOW = 0.3
