@@ -90,7 +90,8 @@ class DVAERecipe(Recipe):
             chosen = sample_indices(seed, 0, count, len(self.dataset))
             images = load_batch(self.dataset, chosen, size=self.image_size).images.to(self.device).float() / 255
             begin_with_codes(self.model, images.contiguous(memory_format=torch.channels_last), seed)
-        for conv in (self.model.encoder.blocks.output.conv, self.model.decoder.blocks.input):
+        encoder, decoder = self.model.encoder.blocks, self.model.decoder.blocks
+        for conv in (encoder.input, encoder.output.conv, decoder.input):
             for parameter in (conv.w, conv.b):
                 values = parameter.detach().contiguous()  # a copy where the layout is channels_last
                 parameter.data.copy_(self.world.spread(values))
