@@ -22,7 +22,7 @@ def open_regular(path: Path | str) -> BinaryIO:
     """
     try:
         # a pipe that nobody writes to would block
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     except ValueError as error:  # a NUL in its name
         raise OSError(errno.EINVAL, str(error), repr(path)) from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -51,6 +51,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _remove(path: Path) -> None:
+    """Whatever is there; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part.
 
@@ -122,15 +130,14 @@ def writing(parent: Path, name: str, phase: Callable[[str], None]) -> Iterator[t
     entries: dict[str, dict] = {}
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         aside.mkdir()
         yield aside, entries
         phase("manifest")
         write_atomic(aside / MANIFEST, json.dumps({"version": 1, "files": entries}, indent=1).encode())
         _sync_folder(aside)
         phase("rename")
-        if final.exists():
-            shutil.rmtree(final)
+        _remove(final)
         os.rename(aside, final)
         _sync_folder(parent)
         phase("latest")

@@ -226,8 +226,10 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        if str(path.parent) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
         text = " ".join(str(error).split())[:500]
         raise CheckpointError(f"{path}: does not fit this run ({type(error).__name__}: {text})") from error

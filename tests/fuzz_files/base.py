@@ -35,7 +35,7 @@ class FileTarget:
         self.root.mkdir(parents=True)
 
     def case(self, rng: Random, folder: Path) -> str | None:
-        """Damages files in the empty `folder` and reads them. Returns what is wrong; raises UserError as the call does."""
+        """Damages files in the empty `folder` and reads them. Returns what is wrong; raises what the reader raises."""
         raise NotImplementedError
 
     def names(self, text: str, folder: Path) -> bool:

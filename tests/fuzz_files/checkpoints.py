@@ -153,10 +153,9 @@ def _shapes(rng: Random, content: bytes) -> bytes:
     tensors = load(content)
     name = rng.choice(list(tensors))
     tensor = tensors[name]
-    tensors[name] = rng.choice([
-        lambda: tensor.reshape(-1), lambda: tensor[..., None].contiguous(), lambda: tensor.repeat(2, *[1] * (tensor.dim() - 1))
-        if tensor.dim() else tensor[None], lambda: torch.zeros(0), lambda: torch.zeros(3, 0, 5), lambda: torch.zeros(()),
-        lambda: tensor.mT.contiguous() if tensor.dim() > 1 else tensor])()  # fmt: skip
+    others = [tensor.reshape(-1), tensor[..., None], torch.stack((tensor, tensor)), torch.zeros(0),
+              torch.zeros(3, 0, 5), torch.zeros(()), tensor.mT if tensor.dim() > 1 else tensor]  # fmt: skip
+    tensors[name] = rng.choice(others).contiguous().clone()
     return save(tensors)
 
 

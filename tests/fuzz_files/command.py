@@ -30,8 +30,9 @@ from .mutate import NUMBERS, TEXTS
 MOST_SAMPLES = 16
 """More of them are real work."""
 STAGES = ("dvae", "clip", "dalle")
-WORDS = (*map(str, NUMBERS[:17]), "nan", "inf", "-inf", "1e400", "0x10", "1_000", " 3 ", "3.5", "true", "emoji", "shapes",
-         "cpu", "cuda", "auto", ".", "..", "system", "mine.png", "none", "-", "--", "(", "[a-", "٣", *TEXTS)  # fmt: skip
+WORDS = (*map(str, NUMBERS[:17]), "nan", "inf", "-inf", "1e400", "0x10", "1_000", " 3 ", "3.5", "true", "emoji",
+         "shapes", "cpu", "cuda", "auto", ".", "..", "system", "mine.png", "none", "-", "--", "(", "[a-", "\u0663",
+         *TEXTS)  # fmt: skip
 
 
 class CommandTarget(FileTarget):
@@ -43,10 +44,11 @@ class CommandTarget(FileTarget):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         tiny_system(self.root)
+        peer = {"median_ms": 3.0, "best_ms": 3.0, "ratio": 3.0}
         row = {"name": "dropout", "median_ms": 1.0, "best_ms": 1.0, "floor_ms": 0.5, "share": 0.5, "error": 0.0,
-               "bound": 1.0, "bytes": 4, "flops": 0, "peers": {"torch": {"median_ms": 3.0, "best_ms": 3.0, "ratio": 3.0}}}  # fmt: skip
+               "bound": 1.0, "bytes": 4, "flops": 0, "peers": {"torch": peer}}  # fmt: skip
         self.table = {"roofs": {}, "rows": [row]}
-        facts = {"device": "a CPU", "cpu_level": "AVX2", "threads": 1, "commit": "0" * 40}
+        self.facts = facts = {"device": "a CPU", "cpu_level": "AVX2", "threads": 1, "commit": "0" * 40}
         (self.root / "bench.json").write_text(json.dumps({"date": "2026-01-01", "machine": facts, "table": self.table}))
         (self.root / "bad.json").write_text("[" * 10_000)
         Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(self.root / "mine.png")
@@ -131,7 +133,9 @@ class CommandTarget(FileTarget):
 
     def _changed(self, rng: Random, command: str, argv: list[str]) -> list[str]:
         argv = list(argv)
-        at = rng.randrange(len(argv))
+        at = rng.randrange(len(argv)) if argv else 0
+        if not argv:
+            return [rng.choice(WORDS)]
         way = rng.randrange(10)
         if way == 0:
             del argv[at]
@@ -169,7 +173,8 @@ class CommandTarget(FileTarget):
             stack.enter_context(first_update_only())
             stack.enter_context(mock.patch.object(system, "generate_tokens", few))
             stack.enter_context(mock.patch.object(demo, "run", reached))
-            stack.enter_context(mock.patch.object(bench, "run", lambda *_, **__: dict(self.table)))
+            for name, value in (("run", self.table), ("show", ""), ("machine", self.facts)):
+                stack.enter_context(mock.patch.object(bench, name, return_value=value))
             for name in ("measure", "measure_curves", "measure_overheads"):
                 stack.enter_context(mock.patch.object(bench, name, reached))
             yield
