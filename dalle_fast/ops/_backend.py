@@ -113,7 +113,7 @@ def choose(room: str, backend: str, tensor: torch.Tensor, *, supported: bool = T
         ValueError: `backend` is not one of BACKENDS.
         RuntimeError: an explicit choice cannot run; the message says why.
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return "reference"

@@ -102,6 +102,11 @@ def _offset(t: torch.Tensor, draw: Draw) -> torch.Tensor:
     return view
 
 
+def _dense(t: torch.Tensor) -> torch.Tensor:
+    """A copy whose strides are those of its shape, even where nothing depends on them."""
+    return t.detach().resolve_neg().resolve_conj().new_empty(t.shape).copy_(t)
+
+
 def _between_elements(t: torch.Tensor, draw: Draw) -> torch.Tensor:
     """At an address that is no multiple of the element's size."""
     if t.numel() == 0 or t.itemsize == 1 or t.dtype.is_complex:
@@ -109,7 +114,7 @@ def _between_elements(t: torch.Tensor, draw: Draw) -> torch.Tensor:
     size = t.numel() * t.itemsize
     begin = draw.integer(1, t.itemsize - 1)
     buffer = bytearray(begin + size)
-    buffer[begin:] = t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    buffer[begin:] = _dense(t).view(-1).view(torch.uint8).numpy().tobytes()
     return torch.frombuffer(buffer, dtype=t.dtype, count=t.numel(), offset=begin).view(t.shape)
 
 
@@ -159,7 +164,7 @@ def windows(t: torch.Tensor, draw: Draw) -> torch.Tensor:
 
 def special(t: torch.Tensor, draw: Draw) -> torch.Tensor:
     """NaN and Inf in some places."""
-    t = t.clone()
+    t = t.clone(memory_format=torch.contiguous_format)
     flat = t.view(-1)
     for _ in range(draw.integer(1, 3)):
         if flat.numel():
@@ -184,8 +189,11 @@ class Plain(torch.Tensor):
 
 def foreign_layout(t: torch.Tensor, draw: Draw) -> torch.Tensor:
     """A tensor without strides: sparse, nested, or oneDNN's."""
+    t = t.as_subclass(torch.Tensor)
+    if t.dtype not in FLOATS:  # few of the others can be so
+        t = t.to(torch.float32)
     kind = draw.choice(("coo", "csr", "nested", "jagged", "mkldnn"))
-    if kind == "csr" and t.dim() == 2 and t.dtype in FLOATS:
+    if kind == "csr" and t.dim() == 2:
         return t.to_sparse_csr()
     if kind in ("nested", "jagged") and t.dim() > 1 and t.shape[0] > 0:
         layout = torch.strided if kind == "nested" else torch.jagged
@@ -218,7 +226,7 @@ def other_shape(t: torch.Tensor, draw: Draw) -> torch.Tensor:
     shape = list(t.shape)
     dim = draw.integer(0, t.dim() - 1)
     shape[dim] = draw.choice((0, 1, shape[dim] + 1, max(shape[dim] - 1, 0), 2 * shape[dim]))
-    return torch.zeros(shape, dtype=torch.uint8).to(t.dtype) + (t.flatten()[0] if t.numel() else 0)
+    return torch.full(shape, t.flatten()[0].item() if t.numel() else 0, dtype=t.dtype)
 
 
 # ---- what is no argument at all
