@@ -147,6 +147,11 @@ class EmojiPairs:
         items = catalogue()
         self.captions = [items[i].caption for i in self._indices]
         self.keys = [items[i].file.removesuffix(".png") for i in self._indices]
+        # what `evaluate.judge` compares: the concept, and its skin tones in order
+        self.labels = {
+            "kind": [items[i].concept for i in self._indices],
+            "tone": [tuple(TONES[tone] for tone in items[i].tones) for i in self._indices],
+        }
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -4,7 +4,17 @@
 from __future__ import annotations
 
 from .frechet import frechet_distance
+from .judge import Judge, Judgement, judge_for
 from .metrics import Evaluation, EvaluationOptions, run_evaluation
 from .report import write_report
 
-__all__ = ["Evaluation", "EvaluationOptions", "frechet_distance", "run_evaluation", "write_report"]
+__all__ = [
+    "Evaluation",
+    "EvaluationOptions",
+    "Judge",
+    "Judgement",
+    "frechet_distance",
+    "judge_for",
+    "run_evaluation",
+    "write_report",
+]
