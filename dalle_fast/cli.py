@@ -157,7 +157,9 @@ def _sampling_parser(command: str, description: str) -> argparse.ArgumentParser:
     from .sample import SampleOptions
 
     parser = _parser(command, description)
-    parser.add_argument("--run", required=True, help="folder with the runs dvae, dalle and, for ranking, clip")
+    parser.add_argument(
+        "--run", default="emoji", help="folder with the runs dvae, dalle and, for ranking, clip; emoji: the pretrained"
+    )
     parser.add_argument("--caption", action="append", required=True, help="may be given several times")
     parser.add_argument("--output", default="samples", help="folder for PNG and JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -169,7 +171,10 @@ def _load(arguments: argparse.Namespace):
     from .sample import System
     from .train.run import device_of
 
-    return System.load(arguments.run, device=device_of(arguments.device))
+    system = System.load(arguments.run, device=device_of(arguments.device))
+    if system.name:
+        print(f"{system.name}: weights that come with the package, trained earlier; --run takes a run of your own")
+    return system
 
 
 def _finish(result: Any, output: str) -> None:

@@ -13,7 +13,6 @@ from .pairs import FolderPairs, TarPairs
 from .sample import PairDataset
 from .shapes import ShapesPairs
 
-
 _BUILT_IN = {"emoji": EmojiPairs, "emoji-styles": EmojiStylesPairs, "shapes": ShapesPairs}
 
 
