@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Codes that are clusters of patches: an encoder learns to name them, a decoder to draw them, a transformer their order.
+"""Codes that are clusters of patches: an encoder learns to name, a decoder to draw, a transformer to order them.
 
 The relaxation of the paper finds its codes slowly: they come alive one by one. Clusters of patches (k-means) all mean
 something from the first update, need seconds, and leave no gap between the codes that a transformer is trained on and
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data import PairDataset, load_batch, sample_indices
+from ..errors import CheckpointError
 from ..models import DVAEConfig
 from ..models.store import read_tensors, serialize, write_atomic
 from ..nn import logit_laplace_nll, map_pixels
@@ -161,6 +162,10 @@ class PatchDVAERecipe(DVAERecipe):
 
     def state_dict(self) -> dict[str, Any]:
         return {"codes": self.codes.hash}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["codes"] != self.codes.hash:
+            raise CheckpointError("this dVAE was trained on other codes than those of now; choose another run folder")
 
 
 class PatchDALLERecipe(DALLERecipe):
