@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 ARGS ?=
 SIMT := OFF
 
-.PHONY: demo test bench gpu torture lint cuda sanitize build setup clean help
+.PHONY: demo pretrained test bench gpu torture lint cuda sanitize build setup clean help
 
 help:
 	@echo "make demo    train a small system on real data, about 16 minutes; writes runs/demo/report.html"
+	@echo "make pretrained  train the small system that ships in the package anew (needs npm and a network; hours)"
 	@echo "make test    build everything and run all tests"
 	@echo "make bench   time every op beside its peers, under 20 minutes; writes benchmarks/results"
 	@echo "make gpu     on a machine with an NVIDIA GPU: tests, sanitizers and benchmarks there, under ten minutes"
@@ -20,6 +21,11 @@ help:
 
 demo: setup
 	$(BIN)/dalle-fast demo $(ARGS)
+
+# Seed, commit, log and numbers go into dalle_fast/pretrained/emoji beside the weights.
+pretrained: setup
+	$(BIN)/pip install --disable-pip-version-check -q 'resvg-py>=0.5'
+	$(BIN)/dalle-fast pretrain $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks -q --timeout 600 --benchmark-disable-gc --benchmark-columns=min,median \

@@ -27,6 +27,7 @@ _EPILOG = """commands:
   bench      every op and training step beside its peers
   histograms exponents of a run's gradients: constants for 16-bit formats, and the plot
   doctor     what is installed, what is missing, what to do
+  pretrain   make the system that ships in the package anew
 
 dalle-fast <command> --help says more."""
 
@@ -362,6 +363,22 @@ def _doctor(args: list[str]) -> None:
     doctor.main(as_json=arguments.json)
 
 
+def _pretrain(args: list[str]) -> None:
+    from . import pretrain
+
+    parser = _parser("pretrain", "Trains the system that ships in the package, evaluates it, writes 16-bit weights.")
+    parser.add_argument("--run", default="runs/pretrained", help="folder; the same command goes on with what is there")
+    parser.add_argument("--stage", default="all", help=f"all, or one of {', '.join((*pretrain.STAGES, 'publish'))}")
+    parser.add_argument("--steps", type=int, help="updates of the one stage in place of the preset's")
+    parser.add_argument("--output", default=str(pretrain.FOLDER / pretrain.DEFAULT), help="folder for the weights")
+    arguments = parser.parse_args(args)
+    for stage in (*pretrain.STAGES, "publish") if arguments.stage == "all" else (arguments.stage,):
+        if stage == "publish":
+            print(pretrain.publish(arguments.run, arguments.output))
+        else:
+            pretrain.train_stage(stage, arguments.run, arguments.steps)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "train": _train,
@@ -373,6 +390,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench": _bench,
     "histograms": _histograms,
     "doctor": _doctor,
+    "pretrain": _pretrain,
 }
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import subprocess
@@ -20,7 +19,6 @@ from .model_card import model_card
 from .models.store import find_latest, load_model, model_files, save_snapshot, write_atomic
 from .presets import preset
 from .sample import SampleOptions, System, contact_sheet
-from .sample.pretrained import DEFAULT, FOLDER
 from .train import run
 from .train.config import save_config
 from .train.loop import Loop, RunResult
@@ -197,22 +195,3 @@ def publish(run_dir: Path | str, folder: Path | str) -> Path:
     write_atomic(folder / "training.json", (json.dumps(record, indent=1) + "\n").encode())
     write_atomic(folder / "README.md", model_card(record).encode())
     return folder
-
-
-def main(args: list[str] | None = None) -> None:
-    """`python -m dalle_fast.pretrain`."""
-    parser = argparse.ArgumentParser(prog="python -m dalle_fast.pretrain", description=__doc__)
-    parser.add_argument("--run", default="runs/pretrained", help="folder; the same command goes on with what is there")
-    parser.add_argument("--stage", default="all", help=f"all, publish, or one of {', '.join(STAGES)}")
-    parser.add_argument("--steps", type=int, help="updates of the one stage in place of the preset's")
-    parser.add_argument("--output", default=str(FOLDER / DEFAULT), help="folder of the system that ships")
-    arguments = parser.parse_args(args)
-    for stage in (*STAGES, "publish") if arguments.stage == "all" else (arguments.stage,):
-        if stage == "publish":
-            print(publish(arguments.run, arguments.output))
-        else:
-            train_stage(stage, arguments.run, arguments.steps)
-
-
-if __name__ == "__main__":
-    main()
