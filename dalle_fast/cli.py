@@ -130,7 +130,7 @@ _TRAIN_HELP = """usage: dalle-fast train {dvae,clip,dalle} --run FOLDER [options
   --run FOLDER      the run's folder; the same command goes on with what is there
   --preset NAME     emoji (default), shapes, paper (dvae), paper-2.8b, paper-5.6b, paper-12b (dalle)
   --config FILE     a TOML file, such as the config.toml of another run, in place of a preset
-  --data SOURCE     emoji, shapes, a folder of pictures with .txt captions, or a .tar
+  --data SOURCE     emoji, emoji-styles, shapes, a folder of pictures with .txt captions, or a .tar
   --minutes M       stretch or shrink the run to about M minutes on this machine
   --log-histograms N  every N updates, exponents of the gradients by resblock and the scales: gradients.png (dalle)
   --dry-run         print parameters, FLOPs and memory, and stop
@@ -144,7 +144,7 @@ Several processes: torchrun --nproc-per-node 4 -m -- dalle_fast train dalle --ru
 def _tokenize(args: list[str]) -> None:
     parser = _parser("tokenize", "Encodes pictures with a trained dVAE; writes int32 tokens and their captions.")
     parser.add_argument("--run", required=True, help="run folder of the dVAE")
-    parser.add_argument("--data", default="emoji", help="emoji, shapes, a folder or a .tar")
+    parser.add_argument("--data", default="emoji", help="emoji, emoji-styles, shapes, a folder or a .tar")
     parser.add_argument("--split", default="all", help="train, heldout, seen or all")
     parser.add_argument("--output", default="tokens.safetensors", help="file; captions go into its metadata")
     arguments = parser.parse_args(args)
@@ -164,8 +164,19 @@ def _sampling_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--caption", action="append", required=True, help="may be given several times")
     parser.add_argument("--output", default="samples", help="folder for PNG and JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    _add_fields(parser, SampleOptions)
+    text = "divides the logits; 0 takes the most likely token; default: 1, as in the paper, or 0.7 for the pretrained"
+    parser.add_argument("--temperature", type=float, default=argparse.SUPPRESS, help=text)
+    _add_fields(parser, SampleOptions, skip={"temperature"})
     return parser
+
+
+def _sample_options(arguments: argparse.Namespace) -> Any:
+    from .sample import SampleOptions, pretrained
+
+    if not hasattr(arguments, "temperature"):
+        own = Path(arguments.run).is_dir() or pretrained.find(arguments.run) is None
+        arguments.temperature = SampleOptions.temperature if own else pretrained.TEMPERATURE
+    return _take(SampleOptions, arguments)
 
 
 def _load(arguments: argparse.Namespace):
@@ -187,23 +198,19 @@ def _finish(result: Any, output: str) -> None:
 
 
 def _sample(args: list[str]) -> None:
-    from .sample import SampleOptions
-
     arguments = _sampling_parser("sample", "Draws candidates for captions and ranks them.").parse_args(args)
-    options = _take(SampleOptions, arguments)
+    options = _sample_options(arguments)
     system = _load(arguments)
     for caption in arguments.caption:
         _finish(system.sample(caption, options, progress=_progress(caption)), arguments.output)
 
 
 def _complete(args: list[str]) -> None:
-    from .sample import SampleOptions
-
     parser = _sampling_parser("complete", "Keeps the top rows of a picture and draws the rest.")
     parser.add_argument("--image", required=True, help="picture; its central square is resized to the model's size")
     parser.add_argument("--keep-rows", type=int, required=True, help="rows of tokens to keep (the paper: 15 of 32)")
     arguments = parser.parse_args(args)
-    options = _take(SampleOptions, arguments)
+    options = _sample_options(arguments)
     from .data import augment_image, read_image
 
     system = _load(arguments)
@@ -218,7 +225,9 @@ def _evaluate(args: list[str]) -> None:
 
     parser = _parser("evaluate", "Evaluates a trained system; writes report.html, evaluation.json and sheets.")
     parser.add_argument("--run", required=True, help="folder with the runs dvae, dalle and, for ranking, clip")
-    parser.add_argument("--data", default="", help="emoji, shapes, a folder or a .tar; empty: what it was trained on")
+    parser.add_argument(
+        "--data", default="", help="emoji, emoji-styles, shapes, a folder or a .tar; empty: what it was trained on"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     _add_fields(parser, EvaluationOptions)
     arguments = parser.parse_args(args)

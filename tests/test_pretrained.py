@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from dalle_fast.errors import CheckpointError, ConfigError
 from dalle_fast.model_card import model_card
 from dalle_fast.models.store import load_model, read_tensors, verify
 from dalle_fast.sample import SampleOptions, System, pretrained
+from dalle_fast.train.config import tomllib
 from dalle_fast.train.patches import PatchCodes, fit_codes, nearest, patches_of
 from dalle_fast.train.report import read_lines
 
@@ -50,6 +52,14 @@ def test_the_shipped_system_is_whole_and_small(shipped):
     card = (shipped / "README.md").read_text()
     for word in ("CC BY 4.0", "Apache-2.0", "MIT", "Twemoji", "make pretrained", "seed"):
         assert word in card
+
+
+def test_wheels_take_every_file_along(shipped):
+    root = Path(pretrain.__file__).parent
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["dalle_fast"]
+    taken = {path for pattern in patterns for path in root.glob(pattern)}
+    assert {path for path in shipped.rglob("*") if path.is_file()} <= taken
 
 
 def test_its_card_tells_what_its_record_says(shipped):
