@@ -10,10 +10,11 @@ LEVELS := all
 # nvcc takes longer than all else; without a device its kernels run nowhere (make cuda and wheels compile them anyway).
 CUDA := $(if $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg),AUTO,OFF)
 
-.PHONY: demo test test-avx2 bench gpu torture lint cuda sanitize build setup clean help
+.PHONY: demo pretrained test test-avx2 bench gpu torture lint cuda sanitize build setup clean help
 
 help:
 	@echo "make demo    train a small system on real data, about 16 minutes; writes runs/demo/report.html"
+	@echo "make pretrained  train the small system that ships in the package anew (needs npm and a network; hours)"
 	@echo "make test    build everything and run all tests"
 	@echo "make test-avx2  the tests as on a processor with AVX2 and nothing newer"
 	@echo "make bench   time every op beside its peers, under 20 minutes; writes benchmarks/results"
@@ -26,6 +27,11 @@ help:
 demo: LEVELS := native# those of this processor alone
 demo: setup
 	$(BIN)/dalle-fast demo $(ARGS)
+
+# Seed, commit, log and numbers go into dalle_fast/pretrained/emoji beside the weights.
+pretrained: setup
+	$(BIN)/pip install --disable-pip-version-check -q 'resvg-py>=0.5'
+	$(BIN)/dalle-fast pretrain $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks -q --timeout 600 --benchmark-disable-gc --benchmark-columns=min,median \

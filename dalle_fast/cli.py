@@ -33,6 +33,7 @@ _EPILOG = """commands:
   bench      every op and training step beside its peers
   histograms exponents of a run's gradients: constants for 16-bit formats, and the plot
   doctor     what is installed, what is missing, what to do
+  pretrain   make the system that ships in the package anew
 
 dalle-fast <command> --help says more; dalle-fast --version says which this is."""
 
@@ -202,7 +203,7 @@ _TRAIN_HELP = """usage: dalle-fast train {dvae,clip,dalle} --run FOLDER [options
   --run FOLDER      the run's folder; the same command goes on with what is there
   --preset NAME     emoji (default), shapes, paper (dvae), paper-2.8b, paper-5.6b, paper-12b (dalle)
   --config FILE     a TOML file, such as the config.toml of another run, in place of a preset
-  --data SOURCE     emoji, shapes, a folder of pictures with .txt captions, or a .tar
+  --data SOURCE     emoji, emoji-styles, shapes, a folder of pictures with .txt captions, or a .tar
   --minutes M       stretch or shrink the run to about M minutes on this machine
   --log-histograms N  every N updates, exponents of the gradients by resblock and the scales: gradients.png (dalle)
   --dry-run         print parameters, FLOPs and memory, and stop
@@ -216,7 +217,7 @@ Several processes: torchrun --nproc-per-node 4 -m -- dalle_fast train dalle --ru
 def _tokenize(args: list[str]) -> None:
     parser = _parser("tokenize", "Encodes pictures with a trained dVAE; writes int32 tokens and their captions.")
     parser.add_argument("--run", required=True, help="run folder of the dVAE")
-    parser.add_argument("--data", default="emoji", help="emoji, shapes, a folder or a .tar")
+    parser.add_argument("--data", default="emoji", help="emoji, emoji-styles, shapes, a folder or a .tar")
     parser.add_argument("--split", default="all", help="train, heldout, seen or all")
     parser.add_argument("--output", default="tokens.safetensors", help="file; captions go into its metadata")
     arguments = parser.parse_args(args)
@@ -230,11 +231,15 @@ def _sampling_parser(command: str, description: str) -> argparse.ArgumentParser:
     from .sample import SampleOptions
 
     parser = _parser(command, description)
-    parser.add_argument("--run", required=True, help="folder with the runs dvae, dalle and, for ranking, clip")
+    parser.add_argument(
+        "--run", default="emoji", help="folder with the runs dvae, dalle and, for ranking, clip; emoji: the pretrained"
+    )
     parser.add_argument("--caption", action="append", type=_text, required=True, help="may be given several times")
     parser.add_argument("--output", default="samples", help="folder for PNG and JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    _add_fields(parser, SampleOptions)
+    text = "divides the logits; 0 takes the most likely token; default: 1, as in the paper, or 0.7 for the pretrained"
+    parser.add_argument("--temperature", type=float, default=argparse.SUPPRESS, help=text)
+    _add_fields(parser, SampleOptions, skip={"temperature"})
     return parser
 
 
@@ -243,11 +248,23 @@ def _text(given: str) -> str:
     return given.encode("utf-8", "replace").decode()
 
 
+def _sample_options(arguments: argparse.Namespace) -> Any:
+    from .sample import SampleOptions, pretrained
+
+    if not hasattr(arguments, "temperature"):
+        own = Path(arguments.run).is_dir() or pretrained.find(arguments.run) is None
+        arguments.temperature = SampleOptions.temperature if own else pretrained.TEMPERATURE
+    return _take(SampleOptions, arguments)
+
+
 def _load(arguments: argparse.Namespace):
     from .sample import System
     from .train.run import device_of
 
-    return System.load(arguments.run, device=device_of(arguments.device))
+    system = System.load(arguments.run, device=device_of(arguments.device))
+    if system.name:
+        print(f"{system.name}: weights that come with the package, trained earlier; --run takes a run of your own")
+    return system
 
 
 def _finish(result: Any, output: str) -> None:
@@ -259,23 +276,19 @@ def _finish(result: Any, output: str) -> None:
 
 
 def _sample(args: list[str]) -> None:
-    from .sample import SampleOptions
-
     arguments = _sampling_parser("sample", "Draws candidates for captions and ranks them.").parse_args(args)
-    options = _take(SampleOptions, arguments)
+    options = _sample_options(arguments)
     system = _load(arguments)
     for caption in arguments.caption:
         _finish(system.sample(caption, options, progress=_progress(caption)), arguments.output)
 
 
 def _complete(args: list[str]) -> None:
-    from .sample import SampleOptions
-
     parser = _sampling_parser("complete", "Keeps the top rows of a picture and draws the rest.")
     parser.add_argument("--image", required=True, help="picture; its central square is resized to the model's size")
     parser.add_argument("--keep-rows", type=int, required=True, help="rows of tokens to keep (the paper: 15 of 32)")
     arguments = parser.parse_args(args)
-    options = _take(SampleOptions, arguments)
+    options = _sample_options(arguments)
     from .data import augment_image, read_image
 
     system = _load(arguments)
@@ -290,7 +303,9 @@ def _evaluate(args: list[str]) -> None:
 
     parser = _parser("evaluate", "Evaluates a trained system; writes report.html, evaluation.json and sheets.")
     parser.add_argument("--run", required=True, help="folder with the runs dvae, dalle and, for ranking, clip")
-    parser.add_argument("--data", default="", help="emoji, shapes, a folder or a .tar; empty: what it was trained on")
+    parser.add_argument(
+        "--data", default="", help="emoji, emoji-styles, shapes, a folder or a .tar; empty: what it was trained on"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     _add_fields(parser, EvaluationOptions)
     arguments = parser.parse_args(args)
@@ -445,6 +460,22 @@ def _doctor(args: list[str]) -> None:
     doctor.main(as_json=arguments.json)
 
 
+def _pretrain(args: list[str]) -> None:
+    from . import pretrain
+
+    parser = _parser("pretrain", "Trains the system that ships in the package, evaluates it, writes 16-bit weights.")
+    parser.add_argument("--run", default="runs/pretrained", help="folder; the same command goes on with what is there")
+    parser.add_argument("--stage", default="all", help=f"all, or one of {', '.join((*pretrain.STAGES, 'publish'))}")
+    parser.add_argument("--steps", type=int, help="updates of the one stage in place of the preset's")
+    parser.add_argument("--output", default=str(pretrain.FOLDER / pretrain.DEFAULT), help="folder for the weights")
+    arguments = parser.parse_args(args)
+    for stage in (*pretrain.STAGES, "publish") if arguments.stage == "all" else (arguments.stage,):
+        if stage == "publish":
+            print(pretrain.publish(arguments.run, arguments.output))
+        else:
+            pretrain.train_stage(stage, arguments.run, arguments.steps)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "train": _train,
@@ -456,6 +487,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench": _bench,
     "histograms": _histograms,
     "doctor": _doctor,
+    "pretrain": _pretrain,
 }
 
 

@@ -82,6 +82,55 @@ def _small_dalle(source: str) -> DALLETrainConfig:
     )
 
 
+def _styles_dvae() -> DVAETrainConfig:
+    """Of the system that ships, `dalle_fast.pretrain`: 64 x 64 pixels as 8 x 8 codes."""
+    return DVAETrainConfig(
+        data=DataConfig(source="emoji-styles"),
+        loop=LoopConfig(steps=1600, batch_size=32, ema_decay=0.99, sample_every=500, save_every=250),
+        model=DVAEConfig(
+            image_size=64, num_groups=4, blocks_per_group=1, width=24, vocab_size=1024, decoder_init_width=64
+        ),
+        learning_rate=4e-3,
+        final_learning_rate=4e-5,
+        learning_rate_steps=1600,
+        beta_steps=600,
+        tau_steps=1500,
+    )
+
+
+def _styles_clip() -> CLIPTrainConfig:
+    return CLIPTrainConfig(
+        data=DataConfig(source="emoji-styles"),
+        loop=LoopConfig(steps=600, batch_size=128, clip_norm=1.0, ema_decay=0.98, sample_every=250, save_every=250),
+        model=CLIPConfig(image_size=64, patch_size=8, width=96),
+        warmup_steps=50,
+    )
+
+
+def _styles_dalle() -> DALLETrainConfig:
+    return DALLETrainConfig(
+        data=DataConfig(source="emoji-styles"),
+        loop=LoopConfig(
+            steps=5000, batch_size=64, clip_norm=4.0, ema_decay=0.97, ema_every=5, sample_every=500, save_every=250
+        ),
+        model=DALLEConfig(
+            width=256,
+            num_layers=4,
+            num_heads=4,
+            head_dim=64,
+            text_vocab_size=1024,
+            text_len=24,
+            image_vocab_size=1024,
+            grid=(8, 8),
+            dropout=0.1,
+        ),
+        learning_rate=4e-3,
+        warmup_steps=50,
+        schedule="cosine",
+        caption_dropout=0.1,
+    )
+
+
 def _paper(kind: str, size: str = "12b") -> Any:
     if kind == "dvae":
         return DVAETrainConfig(loop=LoopConfig(steps=3_000_000, batch_size=512))
@@ -102,12 +151,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "emoji": lambda: _small_dvae("emoji"),
         "shapes": lambda: _small_dvae("shapes"),
         "paper": lambda: _paper("dvae"),
+        "emoji-styles": _styles_dvae,
     },
-    "clip": {"emoji": lambda: _small_clip("emoji"), "shapes": lambda: _small_clip("shapes")},
+    "clip": {
+        "emoji": lambda: _small_clip("emoji"),
+        "shapes": lambda: _small_clip("shapes"),
+        "emoji-styles": _styles_clip,
+    },
     "dalle": {
         "emoji": lambda: _small_dalle("emoji"),
         "shapes": lambda: _small_dalle("shapes"),
         **{f"paper-{size}": lambda size=size: _paper("dalle", size) for size in _PAPER_SIZES},
+        "emoji-styles": _styles_dalle,
     },
 }
 

@@ -104,6 +104,11 @@ class EmojiStylesPairs:
         """Style, thing and tones of each."""
         self.captions = [drawing.caption for drawing in self.drawings]
         self.keys = [drawing.key for drawing in self.drawings]
+        self.labels = {
+            "kind": [drawing.concept for drawing in self.drawings],
+            "tone": [tuple(emoji.TONES[tone] for tone in drawing.tones) for drawing in self.drawings],
+            "style": [drawing.style for drawing in self.drawings],
+        }
 
     def __len__(self) -> int:
         return len(self._indices)
