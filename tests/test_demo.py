@@ -67,7 +67,7 @@ def test_a_very_slow_machine_still_gets_a_plan():
 def test_the_plan_says_what_it_expects():
     text = _plan().describe()
     assert "This machine: dVAE 188 pictures/s, CLIP 320 pairs/s, transformer 44 pairs/s." in text
-    assert "Expect 24 minutes: dVAE 3.5, CLIP 2.0, transformer 15, samples 1.8, other 0.3" in text
+    assert "Expect 23 minutes: dVAE 3.5, CLIP 2.0, transformer 15, samples 1.8, other 0.3" in text
 
 
 def test_a_stage_that_was_slower_than_expected_leaves_less_to_the_others():

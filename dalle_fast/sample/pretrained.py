@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Trained systems that ship inside the package."""
+"""Trained systems that come with the package, by name. `make pretrained` makes them; nothing else changes them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent.parent / "pretrained"
+FOLDER = Path(__file__).parent.parent / "pretrained"
+DEFAULT = "emoji"
 
 
-def find(name: str = "emoji") -> Path | None:
-    """The folder of a system that ships (`dvae`, `clip`, `dalle`), for `System.load`; None where there is none."""
-    folder = _FOLDER / name
-    return folder if (folder / "dalle").is_dir() else None
+def names() -> list[str]:
+    """Of the systems that this installation holds."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/dalle") if path.is_dir())
+
+
+def find(name: str = DEFAULT) -> Path | None:
+    """The folder (dvae/, clip/, dalle/, README.md) of a system, for `System.load`; None where there is none."""
+    return FOLDER / name if name in names() else None
+
+
+def is_pretrained(path: Path | str) -> bool:
+    """Whether a folder is that of a system which came with the package."""
+    return Path(path).resolve().parent == FOLDER.resolve()
