@@ -173,7 +173,7 @@ def _verdict(heldout: dict[str, Any], plan: Plan) -> list[str]:
     lines = ["", f"    Held out: {text}: not reached."]
     if plan.share < 0.999:
         lines.append(
-            f"    This run had {plan.share:.0%} of the updates. All of them: "
+            f"    This run had {plan.share:.1%} of the updates. All of them: "
             f"dalle-fast demo --minutes {-(-plan.minutes_for_all() // 1):.0f} --run runs/longer"
         )
     else:
