@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..evaluate import Evaluation, EvaluationOptions, judge_table, run_evaluation, write_report
-from ..presets import PRESETS, preset
+from ..evaluate import Evaluation, EvaluationOptions, judge_lines, run_evaluation, write_report
+from ..presets import preset
 from ..sample import System
 from ..train import run
 from ..train.config import with_steps
@@ -54,7 +54,7 @@ def run_demo(
     """
     if minutes is not None and not 0 < minutes < 1e5:
         raise ConfigError(f"minutes: expected a positive number, got {minutes}")
-    if data not in PRESETS["dalle"] or data.startswith("paper"):
+    if data not in ("emoji", "shapes"):
         raise ConfigError(f"data: expected emoji or shapes, got {data!r}")
     run_dir = Path(run_dir)
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
@@ -153,9 +153,9 @@ def summary(evaluation: Evaluation, plan: Plan, beside: tuple[str, Evaluation] |
         if "accuracy_best_of" in n:
             line += f", exact-checker accuracy {list(n['accuracy_best_of'].values())[-1]:.2f}"
         lines.append(line)
-    lines += _aligned(judge_table(numbers))
+    lines += judge_lines(numbers)
     if beside is not None:
-        lines += ["", f"    The same by {beside[0]}:", *_aligned(judge_table(beside[1].numbers))]
+        lines += ["", f"    The same by {beside[0]}:", *judge_lines(beside[1].numbers)]
     lines += _verdict(numbers.get("heldout", {}), plan)
     return "\n".join(lines)
 
@@ -173,21 +173,13 @@ def _verdict(heldout: dict[str, Any], plan: Plan) -> list[str]:
     lines = ["", f"    Held out: {text}: not reached."]
     if plan.share < 0.999:
         lines.append(
-            f"    This run had {plan.share:.0%} of the updates. All of them: "
+            f"    This run had {plan.share:.1%} of the updates. All of them: "
             f"dalle-fast demo --minutes {-(-plan.minutes_for_all() // 1):.0f} --run runs/longer"
         )
     else:
         error = (0.25 / plan.num_captions) ** 0.5
         lines.append(f"    All updates were done; {plan.num_captions} captions tell shares to about {error:.2f}.")
     return lines
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))] if rows else []
-    return [
-        "    " + "  ".join(f"{cell:<{w}}" if c < 2 else f"{cell:>{w}}" for c, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
 
 
 class _Progress:

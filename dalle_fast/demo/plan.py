@@ -106,7 +106,8 @@ class Plan:
         room -= sum(self.costs[stage].seconds(0) for stage in left)
         wanted = sum(self.updates[stage] * self.costs[stage].update for stage in left)
         share = min(1.0, max(room, 0.0) / max(wanted, 1e-9))
-        steps = {stage: max(_MIN_STEPS, math.floor(self.updates[stage] * share + 1e-9)) for stage in left}
+        least = {stage: min(_MIN_STEPS, self.updates[stage]) for stage in left}
+        steps = {stage: max(least[stage], math.floor(self.updates[stage] * share + 1e-9)) for stage in left}
         return dataclasses.replace(self, steps={**self.steps, **steps}, num_captions=captions)
 
     def describe(self) -> str:
@@ -120,7 +121,7 @@ class Plan:
         text += f"Expect {_minutes(sum(times.values()))} minutes: {', '.join(parts)}."
         if self.share < 0.999:
             text += (
-                f"\n{self.minutes:g} minutes are allowed (--minutes): enough for {self.share:.0%} of the updates that "
+                f"\n{self.minutes:g} minutes are allowed (--minutes): enough for {_percent(self.share)} of the updates that "
                 f"reach the quality. All of them take about {math.ceil(self.minutes_for_all())} minutes here."
             )
         return text
@@ -164,6 +165,10 @@ def make_plan(
     """The plan of a machine with these costs; see `Plan`."""
     plan = Plan(data, minutes, dict(updates), dict(costs), caption_seconds, reserved, dict(updates))
     return plan.fitted()
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "less than 1%"
 
 
 def _minutes(seconds: float) -> str:
