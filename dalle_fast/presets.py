@@ -30,7 +30,7 @@ def _small_data(source: str) -> DataConfig:
 
 
 def _small_dvae(source: str) -> DVAETrainConfig:
-    # docs/demo.md has the measurements. With all codes alive from the start beta need not keep them so.
+    # docs/demo.md has the measurements. Taught codes are alive from the start: beta need not keep them so.
     return DVAETrainConfig(
         data=DataConfig(source=source),
         loop=LoopConfig(steps=1200, batch_size=32, ema_decay=0.99, sample_every=400, save_every=400),
@@ -38,12 +38,11 @@ def _small_dvae(source: str) -> DVAETrainConfig:
         learning_rate=4e-3,
         final_learning_rate=4e-5,
         learning_rate_steps=1200,
-        beta=1.0,
+        beta=0.1,
         beta_steps=1,
         initial_tau=0.5,
-        tau_steps=600,
-        codes="kmeans",
-        encoder_lr_scale=0.05,
+        tau_steps=400,
+        teacher_weight=0.2,
     )
 
 
