@@ -58,7 +58,7 @@ def test_stretching_a_run_stretches_its_schedule():
     config = with_steps(preset("dvae", "paper"), 600_000)
     assert config.loop.steps == 600_000
     assert (config.beta_steps, config.tau_steps, config.learning_rate_steps) == (1_000, 30_000, 240_000)
-    assert with_steps(preset("dvae", "emoji"), 600).tau_steps == 300
+    assert with_steps(preset("dvae", "emoji"), 600).tau_steps == 200
 
 
 def test_the_papers_recipe():
