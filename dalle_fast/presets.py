@@ -42,7 +42,7 @@ def _small_dvae(source: str) -> DVAETrainConfig:
         beta_steps=1,
         initial_tau=0.5,
         tau_steps=500,
-        teacher_weight=0.2,
+        teacher_weight=1.0,
     )
 
 
