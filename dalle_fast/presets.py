@@ -30,20 +30,19 @@ def _small_data(source: str) -> DataConfig:
 
 
 def _small_dvae(source: str) -> DVAETrainConfig:
-    # docs/demo.md has the measurements. With all codes alive from the start beta need not keep them so.
+    # docs/demo.md has the measurements. Taught codes are alive from the start: beta need not keep them so.
     return DVAETrainConfig(
         data=DataConfig(source=source),
-        loop=LoopConfig(steps=1200, batch_size=32, ema_decay=0.99, sample_every=400, save_every=400),
+        loop=LoopConfig(steps=1500, batch_size=32, ema_decay=0.99, sample_every=500, save_every=500),
         model=DVAEConfig(image_size=32, num_groups=3, width=24, vocab_size=256, decoder_init_width=32),
         learning_rate=4e-3,
         final_learning_rate=4e-5,
-        learning_rate_steps=1200,
-        beta=1.0,
+        learning_rate_steps=1500,
+        beta=0.1,
         beta_steps=1,
         initial_tau=0.5,
-        tau_steps=600,
-        codes="kmeans",
-        encoder_lr_scale=0.05,
+        tau_steps=500,
+        teacher_weight=1.0,
     )
 
 
@@ -52,6 +51,7 @@ def _small_clip(source: str) -> CLIPTrainConfig:
         data=_small_data(source),
         loop=LoopConfig(steps=320, batch_size=128, clip_norm=1.0, ema_decay=0.98, sample_every=160, save_every=160),
         model=CLIPConfig(patch_size=8, text_len=16),
+        learning_rate=2e-3,
         warmup_steps=30,
     )
 
