@@ -92,7 +92,7 @@ def _row(where: str, row: Any) -> str | None:
     wrong = _fields(where, row, _ROW)
     for name, peer in row["peers"].items():
         if isinstance(peer, dict):
-            wrong = wrong or _fields(f"{where}.peers.{name[:80]}", peer, _PEER)
+            wrong = wrong or _fields(f"{where}.peers.{shown(name)[1:-1]}", peer, _PEER)
     return wrong
 
 
@@ -103,7 +103,7 @@ def _call(where: str, call: Any) -> str | None:
 def _peers(where: str, value: dict, check: Check) -> str | None:
     if not isinstance(value.get("peers"), dict):
         return f"{where}.peers: expected an object, got {shown(value.get('peers'))}"
-    return next((w for k, v in value["peers"].items() if (w := _is(f"{where}.peers.{k[:80]}", v, check))), None)
+    return next((w for k, v in value["peers"].items() if (w := _is(f"{where}.peers.{shown(k)[1:-1]}", v, check))), None)
 
 
 def _curve(where: str, curve: Any) -> str | None:
