@@ -143,7 +143,7 @@ class AdamW16(torch.optim.Optimizer):
             ValueError: `grad_scale` is not positive, elements of a parameter, or two parameters, share memory.
             RuntimeError: a CUDA graph is being captured and a group is not capturable.
         """
-        _check_scale(grad_scale, found_inf)
+        grad_scale = _checked_scale(grad_scale, found_inf)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -267,13 +267,17 @@ def _check_options(options: dict[str, Any]) -> None:
     check_backend(options["backend"])
 
 
-def _check_scale(grad_scale: Any, found_inf: Any) -> None:
-    if isinstance(grad_scale, torch.Tensor):
-        _check_element("grad_scale", grad_scale)
-    elif not finite("grad_scale", grad_scale) > 0:
-        raise ValueError(f"grad_scale: expected a positive number, got {grad_scale}")
+def _checked_scale(grad_scale: Any, found_inf: Any) -> float | torch.Tensor:
+    """`grad_scale`, a number as a float."""
     if found_inf is not None:
         _check_element("found_inf", found_inf)
+    if isinstance(grad_scale, torch.Tensor):
+        _check_element("grad_scale", grad_scale)
+        return grad_scale
+    scale = finite("grad_scale", grad_scale)
+    if not scale > 0:
+        raise ValueError(f"grad_scale: expected a positive number, got {grad_scale}")
+    return scale
 
 
 def _check_element(name: str, value: Any) -> None:
@@ -285,7 +289,7 @@ def _check_element(name: str, value: Any) -> None:
 def _as_tensor(lr: float | torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
     if isinstance(lr, torch.Tensor):
         return lr
-    return torch.full((), lr, dtype=torch.float64, device=group["params"][0].device)
+    return torch.full((), float(lr), dtype=torch.float64, device=group["params"][0].device)
 
 
 def _on(device: torch.device, value: Any) -> Any:

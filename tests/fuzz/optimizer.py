@@ -61,10 +61,10 @@ class OptimizerCall:
         for _ in range(draw.choice((0, 0, 0, 1, 1, 2))):
             getattr(self, draw.choice(("_option", "_option", "_param", "_scale", "_gradient")))(draw)
 
+        self.start = snapshot(self._real())
+
     def _weaken(self, expect: str) -> None:
         self.expect = max(self.expect, expect, key=("right", "either", "wrong").index)
-
-        self.start = snapshot(self._real())
 
     # ---- what is done to them
 
@@ -210,7 +210,7 @@ class OptimizerCall:
         text = f"{type(error).__name__}: {error}"
         if self.expect == "right":
             return Outcome("refused a right call", text)
-        named = re.match(rf"({'|'.join(NAMES)})(\[\d+\])*: .*\bgot\b", str(error), re.DOTALL)
+        named = re.match(rf"({'|'.join(NAMES)})(\[\d+\])*: .*(\bgot\b|is not supported)", str(error), re.DOTALL)
         if type(error) not in REFUSALS or not (named or "cannot run" in str(error)):
             return Outcome("raw", text)
         if not same_bits(snapshot(self._real()), before):
