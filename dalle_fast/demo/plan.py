@@ -122,7 +122,8 @@ class Plan:
         if self.share < 0.999:
             text += (
                 f"\n{self.minutes:g} minutes are allowed (--minutes): enough for {_percent(self.share)} of the "
-                f"updates that reach the quality. All of them take about {math.ceil(self.minutes_for_all())} minutes here."
+                f"updates that reach the quality. All of them take about {math.ceil(self.minutes_for_all())} minutes "
+                "here."
             )
         return text
 
