@@ -30,7 +30,8 @@ class DataConfig:
     """Which pictures and captions."""
 
     source: str = "emoji"
-    """"emoji", "emoji-styles", "shapes", a folder of pictures with .txt captions, or a WebDataset .tar (a glob for several)."""
+    """"emoji", "emoji-styles", "shapes", a folder of pictures with .txt captions, or a WebDataset .tar (a glob for
+    several)."""
     split: str = "train"
     """"train", or "all" to train on the held-out combinations too."""
     augment: str = "none"
