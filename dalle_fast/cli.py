@@ -4,17 +4,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import difflib
 import functools
+import io
 import json
+import math
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from .errors import ConfigError, UserError
+from . import __version__
+from .errors import ConfigError, UserError, shown
 
 _EPILOG = """commands:
   demo       train a small system on real data and write a report
@@ -29,11 +35,43 @@ _EPILOG = """commands:
   doctor     what is installed, what is missing, what to do
   pretrain   make the system that ships in the package anew
 
-dalle-fast <command> --help says more."""
+dalle-fast <command> --help says more; dalle-fast --version says which this is."""
 
 
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are a ConfigError of one line; a mistyped option is named before those that are missing."""
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        check_options(self.prog, args or [], self._option_string_actions)
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog.removeprefix('dalle-fast ')}: {message}; `{self.prog} --help` lists the options")
+
+
+def check_options(prog: str, args: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ConfigError for the first word that looks like an option and is none, nor the start of one."""
+    known = list(known)
+    for word in args:
+        if word == "--":
+            return
+        name = word.partition("=")[0]
+        plain = name.replace("_", "-")
+        if not plain.startswith("--") or " " in name or any(option.startswith(plain) for option in known):
+            continue
+        raise ConfigError(
+            f"{prog.removeprefix('dalle-fast ')}: {shown(name)[1:-1]}: no such option{close(plain, known)}"
+        )
+
+
+def close(word: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped word, or none."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _parser(command: str, description: str) -> _Parser:
+    return _Parser(
         prog=f"dalle-fast {command}",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -62,7 +100,7 @@ def _take(cls: type, arguments: argparse.Namespace, skip: set[str] = frozenset()
 
 def _demo(args: list[str]) -> None:
     parser = _parser("demo", "Trains dVAE, CLIP and transformer, samples held-out captions, writes report.html.")
-    parser.add_argument("--minutes", type=float, default=16.0, help="time for training and evaluation")
+    parser.add_argument("--minutes", type=float, help="allowed for everything together; 25 where nothing is said")
     parser.add_argument("--run", default="runs/demo", help="folder; the same command goes on with what is there")
     parser.add_argument("--data", default="emoji", help="emoji or shapes")
     arguments = parser.parse_args(args)
@@ -72,7 +110,7 @@ def _demo(args: list[str]) -> None:
 
 
 def _train(args: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dalle-fast train", add_help=False, allow_abbrev=False)
+    parser = _Parser(prog="dalle-fast train", add_help=False, allow_abbrev=False)
     parser.add_argument("stage", nargs="?")
     parser.add_argument("--preset")
     parser.add_argument("--config")
@@ -88,8 +126,13 @@ def _train(args: list[str]) -> None:
         if arguments.stage is None and arguments.help:
             print(_TRAIN_HELP)
             return
-        raise ConfigError(f"train: expected a stage, dvae, clip or dalle, got {arguments.stage}")
-    import tyro
+        stages = ("dvae", "clip", "dalle")
+        if arguments.stage is None or arguments.stage.startswith("-"):
+            raise ConfigError(
+                "train: name a stage: dvae (pictures to tokens), clip (ranks pictures) or dalle (transformer)"
+            )
+        hint = close(arguments.stage, stages)
+        raise ConfigError(f"train: expected a stage, dvae, clip or dalle, got {shown(arguments.stage)[1:-1]}{hint}")
 
     from .presets import preset
     from .train import RECIPES, load_config, run
@@ -104,7 +147,7 @@ def _train(args: list[str]) -> None:
     if arguments.help:
         print(_TRAIN_HELP)
         rest = ["--help"]
-    config = tyro.cli(config_cls, default=start, args=rest, prog=f"dalle-fast train {arguments.stage}")
+    config = _with_flags(config_cls, start, rest, f"dalle-fast train {arguments.stage}", parser)
     if arguments.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=arguments.data))
     if arguments.log_histograms is not None:
@@ -120,9 +163,39 @@ def _train(args: list[str]) -> None:
     if not arguments.run:
         raise ConfigError("--run: name a folder for the run, such as runs/mine/" + arguments.stage)
     result = run(config, arguments.run, minutes=arguments.minutes, resume=not arguments.fresh)
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     if first:
-        print(f"{arguments.stage}: {result.step} updates in {result.run_dir}\n{shown}")
+        print(f"{arguments.stage}: {result.step} updates in {result.run_dir}\n{metrics}")
+
+
+def _with_flags(config_cls: type, start: Any, args: list[str], prog: str, outer: argparse.ArgumentParser) -> Any:
+    """`start` with the fields that flags change; --help prints them and exits."""
+    import tyro
+
+    check_options(prog, args, [*_field_flags(start), *outer._option_string_actions])
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config_cls, default=start, args=args, prog=prog)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    text = " ".join(re.sub(r"[\u2500-\u257f]", " ", said.getvalue()).split())  # without the frame around it
+    text = re.sub(r"^(Parsing error|Value error|Unrecognized options(?= Unrecognized))|Error parsing", "", text)
+    text = shown(re.sub(r"(Argument|For full) helptext.*$", "", text).strip(" ,"), 1000)[1:-1]
+    raise ConfigError(f"{prog.removeprefix('dalle-fast ')}: {text}; `{prog} --help` lists the options")
+
+
+def _field_flags(config: Any, where: str = "--") -> list[str]:
+    """The flag of every field of a config, --no- ones of bools included."""
+    flags = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            flags += _field_flags(value, f"{where}{name}.")
+        else:
+            flags += [f"{where}{name}", f"{where}no-{name}"] if isinstance(value, bool) else [f"{where}{name}"]
+    return flags
 
 
 _TRAIN_HELP = """usage: dalle-fast train {dvae,clip,dalle} --run FOLDER [options]
@@ -161,13 +234,18 @@ def _sampling_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--run", default="emoji", help="folder with the runs dvae, dalle and, for ranking, clip; emoji: the pretrained"
     )
-    parser.add_argument("--caption", action="append", required=True, help="may be given several times")
+    parser.add_argument("--caption", action="append", type=_text, required=True, help="may be given several times")
     parser.add_argument("--output", default="samples", help="folder for PNG and JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     text = "divides the logits; 0 takes the most likely token; default: 1, as in the paper, or 0.7 for the pretrained"
     parser.add_argument("--temperature", type=float, default=argparse.SUPPRESS, help=text)
     _add_fields(parser, SampleOptions, skip={"temperature"})
     return parser
+
+
+def _text(given: str) -> str:
+    """Without bytes of the command line that are no UTF-8."""
+    return given.encode("utf-8", "replace").decode()
 
 
 def _sample_options(arguments: argparse.Namespace) -> Any:
@@ -286,8 +364,10 @@ def _bench(args: list[str]) -> None:
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch and of our kernels; 0: as PyTorch chooses")
     parser.add_argument("--seconds", type=float, default=900.0, help="rows that begin later are timed without peers")
+    parser.add_argument("--fresh", action="store_true", help="measure the machine's peaks anew; they are kept else")
     parser.add_argument("--scaling", action="store_true", help="in place of the rows: time against what grows")
     parser.add_argument("--overhead", action="store_true", help="in place of the rows: the cost of a call")
+    parser.add_argument("--levels", action="store_true", help="in place of the rows: each op at every CPU level")
     parser.add_argument("--all", action="store_true", help="rows, --scaling and --overhead")
     parser.add_argument("--clone", default="", help="folder with a clone of DALLE-pytorch: one more peer of a step")
     results = {"nargs": "?", "const": "benchmarks/results", "default": ""}
@@ -314,18 +394,25 @@ def _bench(args: list[str]) -> None:
                 f"--{name}: expected a regular expression, got {getattr(arguments, name)!r}: {error}"
             ) from None
     recorded = bench.records(arguments.check) if arguments.check else None
-    if arguments.threads < 0:
-        raise ConfigError(f"--threads: expected a number of threads or 0, got {arguments.threads}")
+    if not 0 <= arguments.threads <= (os.cpu_count() or 1):
+        raise ConfigError(f"--threads: expected 0 to {os.cpu_count() or 1}, the cores here, got {arguments.threads}")
+    if math.isnan(arguments.seconds):
+        raise ConfigError(f"--seconds: expected a number, got {arguments.seconds}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     rows = dict(bench.all_rows(arguments.clone))
     if arguments.list:
         print("\n".join(rows))
         return
-    facts, table, more = bench.machine(), {"roofs": {}, "rows": []}, {}
+    facts, table, more = bench.machine(), {"peaks": {}, "rows": []}, {}
     timer = bench.Timer("cpu", budget=3.0)
-    if arguments.all or not (arguments.scaling or arguments.overhead):
-        table = bench.run(rows.items(), timer, only=arguments.ops, peers=arguments.peers, seconds=arguments.seconds)
+    if arguments.levels:
+        more["levels"] = bench.measure_levels(only=arguments.ops)
+    if arguments.all or not (arguments.scaling or arguments.overhead or arguments.levels):
+        table = bench.run(
+            rows.items(), timer, only=arguments.ops, peers=arguments.peers, seconds=arguments.seconds,
+            fresh=arguments.fresh,
+        )  # fmt: skip
         if not table["rows"]:
             raise ConfigError(f"--ops: no row matches {arguments.ops!r}; --list prints them")
         print(bench.show(table).split("\n", 2)[0])
@@ -337,18 +424,19 @@ def _bench(args: list[str]) -> None:
         whole = arguments.all and not (arguments.ops or arguments.peers)
         path = bench.save(table, Path(arguments.json), facts, whole=whole, **more)
         print(f"{path}\n{path.with_suffix('.html')}")
-    wrong = bench.failures(table)
+    wrong = bench.failures(table) + bench.wrong_levels(more.get("levels", []))
     if recorded is not None:
-        again = functools.partial(_measure_again, rows, timer, table["roofs"], arguments.peers)
+        machine = bench.Peaks(table["peaks"], "of the first attempt")
+        again = functools.partial(_measure_again, rows, timer, machine, arguments.peers)
         wrong += bench.check({"machine": facts, "table": table}, recorded, again)
     if wrong:
         raise bench.BenchError("\n".join(["these rows are wrong or have lost:", *wrong]))
 
 
-def _measure_again(rows: dict, timer: Any, roofs: dict[str, float], peers: str, name: str) -> dict:
+def _measure_again(rows: dict, timer: Any, machine: Any, peers: str, name: str) -> dict:
     from . import bench
 
-    return bench.measure(rows[name](), timer, roofs, peers=peers)
+    return bench.measure(rows[name](), timer, machine, peers=peers)
 
 
 def _histograms(args: list[str]) -> None:
@@ -416,28 +504,59 @@ def _progress(what: str) -> Callable[[int, int], None]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `dalle-fast`. A user's mistake is one message and exit code 2; Ctrl-C is 130, SIGTERM 143."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="dalle-fast", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
-    )
-    parser.add_argument("command", choices=list(COMMANDS), metavar="command", help=argparse.SUPPRESS)
-    if not argv:
-        parser.print_help()
-        sys.exit(2)
-    arguments = parser.parse_args(argv[:1])
     try:
-        COMMANDS[arguments.command](argv[1:])
+        for stream in (sys.stdout, sys.stderr):  # a name or caption that the terminal cannot show is no reason to stop
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"dalle-fast: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
+        _quiet_exit()
         print("\ndalle-fast: stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # or the interpreter complains at its end
         sys.exit(141)
+    except OSError as error:  # a full disk, a folder where a file should be, a file that may not be read
+        names = " to ".join(shown(name)[1:-1] for name in (error.filename, error.filename2) if isinstance(name, str))
+        sys.exit(_fail(f"{names + ': ' if names else ''}{error.strerror or error}"))
+    except MemoryError:
+        sys.exit(_fail(_NO_MEMORY))
     except RuntimeError as error:
         number = getattr(error, "signal_number", None)
-        if number is None:
+        if number is not None:
+            _quiet_exit()
+            print(f"\ndalle-fast: {error}", file=sys.stderr)
+            sys.exit(128 + number)
+        if type(error).__name__ != "OutOfMemoryError" and not re.search(_ALLOCATION, str(error)):
             raise
-        print(f"\ndalle-fast: {error}", file=sys.stderr)
-        sys.exit(128 + number)
+        sys.exit(_fail(_NO_MEMORY))
+
+
+_NO_MEMORY = "not enough memory; `dalle-fast train STAGE --dry-run ...` counts what a model needs"
+_ALLOCATION = "can't allocate memory|not enough memory|Storage size calculation overflowed"
+
+
+def _fail(message: str) -> int:
+    print(f"dalle-fast: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _quiet_exit() -> None:
+    """From now on Ctrl-C ends the process at once: there is nothing left to tidy that could print a traceback."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _run(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"Fast ops and a trainer for text-to-image transformers.\n\n{_EPILOG}")
+        sys.exit(0 if argv else 2)
+    if argv[0] == "--version":
+        print(f"dalle-fast {__version__}")
+        return
+    if argv[0] not in COMMANDS:
+        hint = close(argv[0], COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
+        raise ConfigError(f"{shown(argv[0])[1:-1]}: no such command{hint}")
+    COMMANDS[argv[0]](argv[1:])

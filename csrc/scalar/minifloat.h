@@ -18,7 +18,6 @@ template <bool kSigned>
 struct Minifloat {
   static constexpr int kBits = kSigned ? 9 : 10;  // of the significand
   static constexpr uint32_t kInf = 63u << kBits;
-  static constexpr uint32_t kMax = kInf - 1;
 };
 
 DF_HD uint32_t float_bits(float x) {

@@ -58,7 +58,4 @@ DF_HD Philox4 philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uin
   return philox4x32(c0, c1, c2, c3, philox_keys(k0, k1));
 }
 
-// 24 bits in the middle of their interval: never 0, never 1.
-DF_HD float philox_uniform(uint32_t word) { return (static_cast<float>(word >> 8) + 0.5f) * 0x1p-24f; }
-
 }  // namespace dalle_fast

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
+from ..files import read_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -48,8 +49,10 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
         raise DataError(f"{name}: not a picture (expected {', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise DataError(f"{name}: too many pixels, expected at most {MAX_PIXELS}") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError) as error:
-        raise DataError(f"{name}: the picture is damaged ({error})") from error  # Pillow's readers raise all of these
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise nearly everything: SyntaxError, struct.error, zlib.error, ...
+        raise DataError(f"{name}: the picture is damaged ({' '.join(str(error).split())[:300]})") from error
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
@@ -71,10 +74,7 @@ def read_image(path: Path | str) -> np.ndarray:
         DataError: missing, or see `decode_image`.
     """
     try:
-        size = Path(path).stat().st_size
-        if size > MAX_BYTES:
-            raise DataError(f"{path}: {size} bytes, expected at most {MAX_BYTES}")
-        content = Path(path).read_bytes()
+        content = read_bytes(path, MAX_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     return decode_image(content, str(path))

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import codecs
 import glob
-import json
 import os
 import tarfile
 import warnings
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import open_regular, parse_json
 from .images import MAX_BYTES, SUFFIXES, decode_image, read_image
 from .order import sample_indices
 from .sample import Sample, check_split, digest
@@ -101,7 +101,7 @@ class FolderPairs(_Pairs):
             if stem not in captions:
                 continue
             try:
-                with open(captions[stem], "rb") as file:
+                with open_regular(captions[stem]) as file:
                     found[stem] = decode_caption(file.read(MAX_CAPTION_BYTES + 1), str(captions[stem]))
             except OSError as error:
                 problems.append(f"{captions[stem]}: cannot be read ({error.strerror})")
@@ -174,13 +174,18 @@ class TarPairs(_Pairs):
     @staticmethod
     def _members(path: str):
         try:
-            size = os.path.getsize(path)
-            with tarfile.open(path, "r:") as archive:
+            with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+                size, end = os.fstat(file.fileno()).st_size, 0
                 for member in archive:
+                    if member.size < 0 or member.offset < end:  # a header that leads back would be read for ever
+                        raise DataError(f"{path}:{member.name}: not a whole, uncompressed tar file")
+                    end = member.offset + tarfile.BLOCKSIZE
                     if member.offset_data + member.size > size:
                         raise DataError(f"{path}:{member.name}: the archive is cut off")
                     yield member
-        except tarfile.TarError as error:
+        except DataError:
+            raise
+        except (tarfile.TarError, ValueError, ArithmeticError, IndexError, EOFError, RecursionError) as error:
             raise DataError(f"{path}: not a whole, uncompressed tar file ({error})") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -191,9 +196,11 @@ class TarPairs(_Pairs):
             return decode_caption(cls._read(entry["text"]), entry["text"][3])
         where = entry["json"][3]
         try:
-            value = json.loads(cls._read(entry["json"]))
+            value = parse_json(cls._read(entry["json"]))
             caption = value["caption"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except DataError:
+            raise
+        except (ValueError, KeyError, TypeError):
             raise DataError(f"{where}: expected JSON with a key caption") from None
         if not isinstance(caption, str):
             raise DataError(f"{where}: expected a string under caption, got {type(caption).__name__}")
@@ -203,7 +210,7 @@ class TarPairs(_Pairs):
     def _read(place: tuple[str, int, int, str]) -> bytes:
         path, offset, size, where = place
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 file.seek(offset)
                 content = file.read(size)
         except OSError as error:

@@ -9,11 +9,13 @@ import random
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, shown
+from ..files import parse_json, read_bytes
 
 # More characters than this per token of the result are never looked at: a 5 MB caption costs no more than its start.
 _CHARACTERS_PER_TOKEN = 64
@@ -32,8 +34,6 @@ class Tokenizer:
         self._library = library
         self._json = library.to_str()
         model = json.loads(self._json)["model"]
-        if model["type"] != "BPE":
-            raise DataError(f"tokenizer: expected a BPE model, got {model['type']}")
         self._ids: dict[str, int] = model["vocab"]
         pairs = (tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"])
         self._ranks: dict[tuple[str, str], int] = {pair: rank for rank, pair in enumerate(pairs)}
@@ -52,12 +52,7 @@ class Tokenizer:
         """
         if vocab_size < 256:
             raise ConfigError(f"vocab_size: expected at least 256 (one id per byte), got {vocab_size}")
-        library = tokenizers.Tokenizer(tokenizers.models.BPE())
-        library.normalizer = tokenizers.normalizers.Sequence(
-            [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
-        )
-        library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-        library.decoder = tokenizers.decoders.ByteLevel()
+        library = _untrained()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,
             show_progress=False,
@@ -68,17 +63,24 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, name: str = "tokenizer.json") -> Tokenizer:
-        """Reads the text of a tokenizer.json.
+        """Reads the text of a tokenizer.json, as `train` makes them: only vocabulary and merges may differ.
+
+        The library's format has much more in it, which may hang (regular expressions), fill the memory (padding) or
+        give ids that no model has.
 
         Raises:
             DataError: it is not one.
         """
         try:
+            given = parse_json(text)
+            _require_trained_form(given)
             return cls(tokenizers.Tokenizer.from_str(text))
-        except DataError:
+        except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{name}: not a tokenizer ({error})") from error
+        except BaseException as error:  # the library raises plain Exception, and panics, which are not even that
+            raise DataError(
+                f"{name}: not a tokenizer of this library ({' '.join(str(error).split())[:300]})"
+            ) from error
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
@@ -88,8 +90,10 @@ class Tokenizer:
             DataError: missing or damaged; names the file.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bytes(path).decode()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except UnicodeDecodeError as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
         return cls.from_json(text, str(path))
 
@@ -183,6 +187,36 @@ class Tokenizer:
                 break
             symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
         return [self._ids[symbol] for symbol in symbols]
+
+
+def _untrained() -> tokenizers.Tokenizer:
+    """What is the same in all of ours."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
+    )
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    return library
+
+
+def _require_trained_form(given: Any) -> None:
+    """Raises ValueError where a file says more than vocabulary and merges, or where these are not whole."""
+    form = json.loads(_untrained().to_str())
+    if not isinstance(given, dict) or not isinstance(given.get("model"), dict):
+        raise ValueError("expected an object with a model")
+    model = {**form["model"], **given["model"]}  # older files lack some keys
+    for where, expected, found in (("", form, given), ("model.", form["model"], model)):
+        for key in sorted({*expected, *found} - {"model", "vocab", "merges", "version"}):
+            if found.get(key) != expected.get(key):
+                raise ValueError(f"{where}{key}: expected {shown(expected.get(key))}, got {shown(found.get(key))}")
+    vocab = given["model"].get("vocab")
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+        raise ValueError("model.vocab: expected tokens with their ids")
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError(f"model.vocab: expected each id from 0 to {len(vocab) - 1} once")
+    if missing := sorted(set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) - vocab.keys()):
+        raise ValueError(f"model.vocab: expected a token for each byte, {missing[0]!r} is missing")
 
 
 def _clean(text: str) -> str:

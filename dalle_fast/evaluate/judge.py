@@ -127,6 +127,14 @@ class Judge:
             for name, values in self.labels.items()
         }
 
+    def has(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """label -> [N] bool: does the caption have a value for it? "apple" has no tone, and () none either."""
+        wanted = [self._lookup(caption) for caption in captions]
+        return {
+            name: np.array([any(bool(values[i]) for i in entries) for entries in wanted], bool)
+            for name, values in self.labels.items()
+        }
+
     def chance(self, nearest: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
         """label -> how often these pictures are right for the captions of the others: what ignores captions scores."""
         count = len(captions)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data import Tokenizer
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, require_ints, shown
 
 TINY = "tiny"
 
@@ -41,10 +41,19 @@ class CLIPConfig:
     """Text tokens, the end token included."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "width", "num_layers", "num_heads", "embed_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}: expected a positive int, got {value!r}")
+        for name in ("architecture", "checkpoint"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}: expected a string, got {shown(getattr(self, name))}")
+        require_ints(
+            self,
+            image_size=1 << 12,
+            patch_size=1 << 12,
+            width=1 << 14,
+            num_layers=256,
+            num_heads=1 << 10,
+            embed_dim=1 << 14,
+            text_len=1 << 12,
+        )
         if self.text_len < 2:
             raise ConfigError(f"text_len: expected at least 2, got {self.text_len!r}")
         if self.image_size % self.patch_size:

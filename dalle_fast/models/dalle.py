@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require_ints, require_numbers, shown
 from ..nn import Embedding, Noise, TransformerBlock, full_precision
 from ..ops import AttentionPattern, linear_cross_entropy
 
@@ -44,19 +44,27 @@ class DALLEConfig:
     """Whether text positions after the caption are trained to predict one extra "end" id."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))
-        for name in ("width", "num_layers", "num_heads", "head_dim", "text_vocab_size", "text_len", "image_vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}: expected a positive int, got {value!r}")
-        if len(self.grid) != 2 or min(self.grid) < 1:
-            raise ConfigError(f"grid: expected (height, width), both positive, got {self.grid!r}")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ConfigError(f"kernel: expected a positive odd int, got {self.kernel!r}")
-        if not 0 <= self.dropout < 1:
+        require_ints(
+            self,
+            width=1 << 17,
+            num_layers=1 << 10,
+            num_heads=1 << 12,
+            head_dim=1 << 12,
+            text_vocab_size=1 << 24,
+            text_len=1 << 16,
+            image_vocab_size=1 << 24,
+        )
+        sides = self.grid if isinstance(self.grid, (tuple, list)) else ()
+        if len(sides) != 2 or any(type(side) is not int or not 1 <= side <= 1 << 10 for side in sides):
+            raise ConfigError(f"grid: expected (height, width), both positive ints to 1024, got {shown(self.grid)}")
+        object.__setattr__(self, "grid", tuple(sides))
+        if type(self.kernel) is not int or not 1 <= self.kernel < 1 << 11 or self.kernel % 2 == 0:
+            raise ConfigError(f"kernel: expected a positive odd int below 2048, got {shown(self.kernel)}")
+        require_numbers(self, dropout=(0, 1), text_loss_weight=(0, 1))
+        if self.dropout == 1:
             raise ConfigError(f"dropout: expected a number in [0, 1), got {self.dropout!r}")
-        if not 0 <= self.text_loss_weight <= 1:
-            raise ConfigError(f"text_loss_weight: expected a number in [0, 1], got {self.text_loss_weight!r}")
+        if not isinstance(self.predict_pads, bool):
+            raise ConfigError(f"predict_pads: expected a bool, got {shown(self.predict_pads)}")
 
     @property
     def image_len(self) -> int:

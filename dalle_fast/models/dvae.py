@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require_ints
 from ..nn import (
     Conv2d,
     DecoderBlock,
@@ -42,10 +42,15 @@ class DVAEConfig:
     """Channels of the codebook, the decoder's first 1x1 convolution."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "num_groups", "blocks_per_group", "width", "vocab_size", "decoder_init_width"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}: expected a positive int, got {value!r}")
+        require_ints(
+            self,
+            image_size=1 << 14,
+            num_groups=12,
+            blocks_per_group=64,
+            width=1 << 14,
+            vocab_size=1 << 22,
+            decoder_init_width=1 << 16,
+        )
         if self.image_size % self.downsampling:
             raise ConfigError(f"image_size: expected a multiple of {self.downsampling}, got {self.image_size}")
         if self.width % 4:

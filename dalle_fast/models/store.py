@@ -13,10 +13,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +25,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from ..data import Tokenizer
-from ..errors import CheckpointError, ConfigError
-from .clip import CLIP, CLIPConfig
+from ..errors import CheckpointError, ConfigError, shown
+from ..files import open_regular, parse_json, read_bytes
+from .clip import CLIP, TINY, CLIPConfig
 from .dalle import DALLE, DALLEConfig
 from .dvae import DVAE, DVAEConfig
 
@@ -47,6 +49,14 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Whatever is there; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -120,15 +130,14 @@ def writing(parent: Path, name: str, phase: Callable[[str], None]) -> Iterator[t
     entries: dict[str, dict] = {}
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         aside.mkdir()
         yield aside, entries
         phase("manifest")
         write_atomic(aside / MANIFEST, json.dumps({"version": 1, "files": entries}, indent=1).encode())
         _sync_folder(aside)
         phase("rename")
-        if final.exists():
-            shutil.rmtree(final)
+        _remove(final)
         os.rename(aside, final)
         _sync_folder(parent)
         phase("latest")
@@ -146,31 +155,46 @@ def writing(parent: Path, name: str, phase: Callable[[str], None]) -> Iterator[t
 # ---- reading
 
 
+def read_manifest(folder: Path) -> list[tuple[str, int, str]]:
+    """(name, size, SHA-256) of each file that a checkpoint vouches for.
+
+    Raises:
+        CheckpointError: there is no manifest, or something else in its place.
+    """
+    manifest = folder / MANIFEST
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    try:
+        entries = parse_json(read_bytes(manifest))["files"]
+        pairs = [(name, entry["size"], str(entry["sha256"])) for name, entry in entries.items()]
+    except FileNotFoundError:
+        raise CheckpointError(f"{manifest}: missing; the checkpoint was not finished") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{manifest}: not a manifest ({type(error).__name__}: {error})") from error
+    if not pairs:
+        raise CheckpointError(f"{manifest}: lists no files")
+    for name, _, _ in pairs:
+        if Path(name).name != name or name in ("..", MANIFEST) or "\0" in name:
+            raise CheckpointError(f"{manifest}: {shown(name)} is not a plain file name")
+    return pairs
+
+
 def verify(folder: Path) -> None:
     """Checks every file of a checkpoint against its manifest.
 
     Raises:
         CheckpointError: names the file that is missing, of the wrong size or changed.
     """
-    manifest = folder / MANIFEST
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
-    try:
-        entries = json.loads(manifest.read_text())["files"]
-        pairs = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()]
-    except FileNotFoundError:
-        raise CheckpointError(f"{manifest}: missing; the checkpoint was not finished") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{manifest}: not a manifest ({error})") from error
-    for name, size, digest in pairs:
+    for name, size, digest in read_manifest(folder):
         path = folder / name
-        if Path(name).name != name:
-            raise CheckpointError(f"{manifest}: {name!r} is not a plain file name")
         try:
-            found = path.stat().st_size
-            if found != size:
-                raise CheckpointError(f"{path}: expected {size} bytes, found {found}; the checkpoint is damaged")
-            actual = file_hash(path)
+            with open_regular(path) as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    raise CheckpointError(
+                        f"{path}: expected {shown(size)} bytes, found {found}; the checkpoint is damaged"
+                    )
+                actual = hash_of(file)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         if actual != digest:
@@ -179,10 +203,15 @@ def verify(folder: Path) -> None:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    sha = hashlib.sha256()
     with open(path, "rb") as file:
-        while part := file.read(1 << 24):
-            sha.update(part)
+        return hash_of(file)
+
+
+def hash_of(file: BinaryIO) -> str:
+    """SHA-256 of an open file, in hex."""
+    sha = hashlib.sha256()
+    while part := file.read(1 << 24):
+        sha.update(part)
     return sha.hexdigest()
 
 
@@ -206,11 +235,31 @@ def find_latest(run_dir: Path, on_damaged: Callable[[CheckpointError], None] | N
     return None
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` (at least 2) checkpoints."""
+def prune(run_dir: Path, keep: int, known: set[str] | None = None) -> None:
+    """Deletes all but the newest `keep` (at least 2) checkpoints that are whole, and damaged ones among them.
+
+    What is newer than the newest whole one stays: it is not a run's to count or to delete.
+
+    Args:
+        run_dir: folder with `checkpoints/`.
+        keep: how many.
+        known: names that need no look any more because they were written or verified here; grows.
+    """
+    known = set() if known is None else known
     folder = Path(run_dir) / "checkpoints"
-    for path in sorted(folder.glob("step-*"), reverse=True)[max(keep, 2) :]:
-        shutil.rmtree(path, ignore_errors=True)
+    names = [path.name for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    whole = 0
+    for name in sorted(names, reverse=True):
+        if whole >= max(keep, 2):
+            shutil.rmtree(folder / name, ignore_errors=True)
+            continue
+        if name not in known:
+            try:
+                verify(folder / name)
+            except CheckpointError:
+                continue
+            known.add(name)
+        whole += 1
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -220,9 +269,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         CheckpointError: it is missing or not safetensors.
     """
     try:
+        open_regular(path).close()
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # as torch puts it
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({_one_line(error)})") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def read_json(path: Path) -> Any:
@@ -232,7 +286,7 @@ def read_json(path: Path) -> Any:
         CheckpointError: it is missing or not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return parse_json(read_bytes(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
 
@@ -279,23 +333,56 @@ def load_model(path: Path | str, weights: str = "ema", expect: str | None = None
         folder = latest
     else:
         verify(folder)
-    description = read_json(folder / "model.json")
-    kind = description.get("kind")
-    if kind not in MODELS or (expect and kind != expect):
-        raise CheckpointError(f"{folder / 'model.json'}: expected kind {expect or ' or '.join(MODELS)}, got {kind!r}")
+    listed = {name for name, _, _ in read_manifest(folder)}
+    description = read_json(_listed(folder, "model.json", listed))
+    kind = description.get("kind") if isinstance(description, dict) else None
+    if not isinstance(kind, str) or kind not in MODELS or (expect and kind != expect):
+        expected = expect or " or ".join(MODELS)
+        raise CheckpointError(f"{folder / 'model.json'}: expected kind {expected}, got {shown(kind)}")
     cls, config_cls = MODELS[kind]
     try:
         config = config_cls(**description["config"])
     except (TypeError, KeyError, ConfigError) as error:
-        raise CheckpointError(f"{folder / 'model.json'}: not a {kind} config ({error})") from error
-    tokenizer_file = folder / "tokenizer.json"
-    tokenizer = Tokenizer.load(tokenizer_file) if tokenizer_file.exists() else None
-    model = cls(config, tokenizer) if cls is CLIP else cls(config)
+        raise CheckpointError(f"{folder / 'model.json'}: not a {kind} config ({_one_line(error)})") from error
+    tokenizer = Tokenizer.load(folder / "tokenizer.json") if "tokenizer.json" in listed else None
+    name = "ema.safetensors" if weights == "ema" and "ema.safetensors" in listed else "model.safetensors"
+    path = _listed(folder, name, listed)
+    tensors = read_tensors(path)
+
+    def make() -> nn.Module:
+        try:
+            return cls(config, tokenizer) if cls is CLIP else cls(config)
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / 'model.json'}: not a {kind} config ({_one_line(error)})") from error
+
+    if kind != "clip" or config.architecture == TINY:
+        with torch.device("meta"):  # a config that does not fit the file must not take its memory
+            _check_shapes(make().state_dict(), tensors, path)
+    model = make()
     if tokenizer is not None:
         model.tokenizer = tokenizer
-    name = "ema.safetensors" if weights == "ema" and (folder / "ema.safetensors").exists() else "model.safetensors"
-    load_weights(model, read_tensors(folder / name), folder / name)
+    load_weights(model, tensors, path)
     return model.eval()
+
+
+def _listed(folder: Path, name: str, listed: set[str]) -> Path:
+    """A file that the manifest vouches for."""
+    if name not in listed:
+        raise CheckpointError(f"{folder / name}: is not in the manifest")
+    return folder / name
+
+
+def _check_shapes(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], path: Path) -> None:
+    if odd := sorted(expected.keys() ^ found.keys()):
+        side = "is missing" if odd[0] in expected else "is not the model's"
+        raise CheckpointError(f"{path}: does not fit the model ({shown(odd[0])} {side})")
+    for name, tensor in expected.items():
+        other = found[name]
+        if other.shape != tensor.shape or tensor.is_floating_point() != other.is_floating_point():
+            raise CheckpointError(
+                f"{path}: does not fit the model ({name}: expected {tensor.dtype} {list(tensor.shape)}, "
+                f"got {other.dtype} {list(other.shape)})"
+            )
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -306,5 +393,5 @@ def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Pa
     """
     try:
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit the model ({str(error).splitlines()[-1].strip()})") from error

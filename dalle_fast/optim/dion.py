@@ -14,6 +14,10 @@ from .adamw16 import AdamW16
 UPDATE_RMS = 0.2
 """Root mean square of an update of full rank for a step size of 1: what AdamW's typically have (Liu et al. 2025)."""
 
+NOISE = 1e-6
+"""Directions shorter than this share of the longest are what float32 rounds; they are not blown up to full length."""
+_TINY = torch.finfo(torch.float32).tiny
+
 
 class Dion(AdamW16):
     """Momentum of low rank, orthonormalised (Dion, Ahn et al., arXiv 2504.05295); AdamW16 for the other parameters.
@@ -24,7 +28,7 @@ class Dion(AdamW16):
         P = Q of the QR decomposition of M V          (`ops.orthonormalize`)
         R = M^T P
         M <- M - (1 - momentum) P R^T                 what the update did not take stays
-        V <- R, each column divided by its norm
+        V <- R, each column divided by its norm       (or 1e-6 of the largest norm, if that is more)
         W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(m, n)) P V^T
 
     One step of power iteration an update, begun from the last one's basis, follows the r leading singular directions
@@ -101,36 +105,41 @@ class Dion(AdamW16):
             self._check(p)
             if not self.state[p]:
                 self._start_matrix(p, group)
-        weights, momenta = ([_matrix(t) for t in tensors] for tensors in self._matrices(params))
+        weights = [_matrix(p.detach()) for p in params]
+        momenta = [_matrix(self.state[p]["momentum"]) for p in params]
         bases = [self.state[p]["basis"] for p in params]
         grads = [_matrix(p.grad, like=p) for p in params]
         if isinstance(grad_scale, torch.Tensor) or grad_scale != 1.0:
             grads = torch._foreach_div(grads, float(grad_scale))
         torch._foreach_add_(momenta, grads)
-        products = orthonormalize([m @ v for m, v in zip(momenta, bases, strict=True)], backend=group["backend"])
+        products = [m @ v for m, v in zip(momenta, bases, strict=True)]
+        products = [p / p.norm().clamp(min=_TINY) for p in products]  # what `orthonormalize` adds is absolute
+        products = orthonormalize(products, backend=group["backend"])
         for w, m, v, p in zip(weights, momenta, bases, products, strict=True):
             r = m.t() @ p  # [n, r]
             m.addmm_(p, r.t(), alpha=group["momentum"] - 1)
-            torch.div(r, r.norm(dim=0).clamp(min=torch.finfo(r.dtype).tiny), out=v)
+            norms = r.norm(dim=0)
+            r /= norms.clamp(min=max(float(norms.max()) * NOISE, _TINY))
+            v.copy_(torch.where(norms > 0, r, v))
             w.mul_(1 - float(group["lr"]) * group["weight_decay"])
-            w.addmm_(p, v.t(), alpha=-float(group["lr"]) * UPDATE_RMS * max(w.shape) ** 0.5)
+            w.addmm_(p, r.t(), alpha=-float(group["lr"]) * UPDATE_RMS * max(w.shape) ** 0.5)
         if group["ema_decay"] is not None:
             averages = [self.state[p]["ema"] for p in params]
             torch._foreach_lerp_(averages, [p.detach() for p in params], 1 - group["ema_decay"])
 
-    def _matrices(self, params: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        return [p.detach() for p in params], [self.state[p]["momentum"] for p in params]
-
     def _start_matrix(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         state["momentum"] = torch.zeros_like(p)
-        rows, columns = _matrix(p.detach()).shape
-        rank = min(group["rank"], rows, columns)
-        # any basis does that no gradient is likely to be orthogonal to; equal on every rank
-        draws = torch.randn(columns, rank, generator=torch.Generator().manual_seed(columns * 65537 + rank))
-        state["basis"] = orthonormalize(draws.to(p.device), backend=group["backend"])
+        state["basis"] = self._first_basis(_matrix(p.detach()), group["rank"], group["backend"])
         if group["ema_decay"] is not None:
             state["ema"] = p.detach().clone()
+
+    @staticmethod
+    def _first_basis(weight: torch.Tensor, rank: int, backend: str) -> torch.Tensor:
+        """Any basis [n, r] that gradients are not orthogonal to; the same on every rank."""
+        columns, rank = weight.shape[1], min(rank, *weight.shape)
+        draws = torch.randn(columns, rank, generator=torch.Generator().manual_seed(columns * 65537 + rank))
+        return orthonormalize(draws.to(weight.device), backend=backend)
 
     def _restored(self, p: torch.Tensor, name: str, value: torch.Tensor, capturable: bool) -> torch.Tensor:
         if name == "basis":

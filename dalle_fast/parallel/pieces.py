@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor, Shard
 
 from ..errors import CheckpointError
+from ..files import open_regular, parse_json
 from ..optim.shards import local_part
 from .matrices import sharded_like
 from .world import World
@@ -36,6 +37,8 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+MAX_HEADER = 100_000_000
+"""Bytes, as the library safetensors has it."""
 _TORCH = {name: dtype for dtype, name in _DTYPES.items()}
 _NUMPY = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
@@ -96,9 +99,11 @@ def reserve(path: Path, pieces: Mapping[str, Piece]) -> None:
 
 def _read_header(path: Path) -> tuple[dict[str, dict], int]:
     """Entries, and where the numbers begin."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length
+    with open_regular(path) as file:
+        length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+        if length > min(size - 8, MAX_HEADER):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        return parse_json(file.read(length)), 8 + length
 
 
 def fill(path: Path, pieces: Mapping[str, Piece]) -> None:
@@ -140,8 +145,10 @@ def contents(world: World, path: Path) -> dict[str, Contents]:
             entries, _ = _read_header(path)
             entries.pop("__metadata__", None)
             return {name: Contents(_TORCH[e["dtype"]], torch.Size(e["shape"])) for name, e in entries.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read as safetensors ({type(error).__name__}: {' '.join(str(error).split())[:500]})"
+            ) from error
 
     return world.first(read)
 
@@ -163,8 +170,10 @@ def read_parts(
                 for name, _, index in wanted:
                     part = file.get_slice(name)[index] if index else file.get_tensor(name)
                     parts[name] = part.contiguous()
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+        except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read as safetensors ({' '.join(str(error).split())[:500]})"
+            ) from error
 
     world.each(read if world.replica == 0 else lambda: None)
     for name, (dtype, _), index in wanted:
@@ -188,6 +197,10 @@ def read_into(world: World, path: Path, targets: Mapping[str, torch.Tensor]) -> 
         if found[name].shape != target.shape:
             raise CheckpointError(
                 f"{path}: does not fit the model ({name}: expected {list(target.shape)}, got {list(found[name].shape)})"
+            )
+        if found[name].dtype.is_floating_point != target.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{path}: does not fit the model ({name}: expected {target.dtype}, got {found[name].dtype})"
             )
     parts = read_parts(world, path, ((name, found[name], index_of(target)) for name, target in targets.items()))
     with torch.no_grad():

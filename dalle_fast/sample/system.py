@@ -86,6 +86,8 @@ class System:
             folder = shipped
         dvae = load_model(folder / "dvae", expect="dvae").to(device)
         dalle = load_model(folder / "dalle", expect="dalle").to(device)
+        if getattr(dalle, "tokenizer", None) is None:
+            raise CheckpointError(f"{folder / 'dalle'}: its checkpoint has no tokenizer.json")
         clip = load_model(folder / "clip", expect="clip").to(device) if (folder / "clip").is_dir() else None
         system = cls(dvae, dalle, clip, dalle.tokenizer)
         if pretrained.is_pretrained(folder):

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UserError, shown
 from ..models import store
+from ..optim import AdamW16
 from ..parallel import pieces
 from ..parallel.world import World
 
@@ -34,6 +36,7 @@ class CheckpointWriter:
         self.phase = on_phase or (lambda _: None)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._known: set[str] = set()  # checkpoints that need not be read before older ones are deleted
 
     def start(self, step: int, files: Mapping[str, Any]) -> Path:
         """Begins to write a checkpoint, when the one before is done. Called by all ranks.
@@ -61,15 +64,16 @@ class CheckpointWriter:
         else:
             work = None
         if work is not None:
-            self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint")
+            self._thread = threading.Thread(target=self._run, args=(work, name), name="checkpoint")
             self._thread.start()
         return parent / name
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None], name: str) -> None:
         try:
             work()
+            self._known.add(name)
             if self.world.is_first:
-                store.prune(self.run_dir, self.keep)
+                store.prune(self.run_dir, self.keep, self._known)
         except OSError as error:  # of another rank
             failed = CheckpointError(f"{self.run_dir}: the checkpoint could not be written ({error.strerror or error})")
             failed.__cause__ = error
@@ -180,6 +184,57 @@ def find(world: World, run_dir: Path, say: Callable[[str], None]) -> Path | None
     return folder
 
 
+_STATE = {"step": int, "skipped_in_a_row": int, "window": dict, "last": dict, "optimizer_groups": list, "recipe": dict,
+          "data": str}  # fmt: skip
+_WINDOW = ("count", "skipped", "replaced", "examined")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a run keeps beside its tensors.
+
+    Raises:
+        CheckpointError: it cannot be read, or a value is none that a run writes; names the key.
+    """
+    state = store.read_json(path)
+
+    def require(right: bool, key: str, value: Any) -> None:
+        if not right:
+            raise CheckpointError(f"{path}: {key} is damaged, got {shown(value)}")
+
+    require(isinstance(state, dict), "it", state)
+    for key, kind in _STATE.items():
+        require(type(state.get(key)) is kind, key, state.get(key))
+    for key in ("step", "skipped_in_a_row"):
+        require(0 <= state[key] < 2**53, key, state[key])
+    window = state["window"]
+    require(window.keys() == {*_WINDOW, "sums"}, "window", window)
+    for key in _WINDOW:
+        require(type(window[key]) is int and 0 <= window[key] < 2**53, f"window.{key}", window[key])
+    require(isinstance(window["sums"], dict), "window.sums", window["sums"])
+    for key, value in {**window["sums"], **state["last"]}.items():
+        require(type(value) in (int, float), key, value)
+    require(all(isinstance(group, dict) for group in state["optimizer_groups"]), "optimizer_groups", None)
+    return state
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns the errors of whoever takes up a part of the state into one that names the file.
+
+    Raises:
+        CheckpointError: the body met values that do not fit.
+    """
+    try:
+        yield
+    except UserError as error:
+        if str(path.parent) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:500]
+        raise CheckpointError(f"{path}: does not fit this run ({type(error).__name__}: {text})") from error
+
+
 # ---- optimizers
 
 
@@ -204,17 +259,52 @@ def unpack_optimizer(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     if path is not None:
-        keys = pieces.contents(world, path)
-        like = {key: parameters[i] for key in keys if (i := int(key.split(".", 1)[0])) < len(parameters)}
+        found = pieces.contents(world, path)
+        _check_moments(optimizer, parameters, found, path)
+        like = {key: parameters[int(key.split(".", 1)[0])] for key in found}
         for key, value in pieces.read_like(world, path, like).items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
-    for group in groups:  # JSON has no tuples
-        group.update({name: tuple(value) for name, value in group.items() if name == "betas"})
+    for group, own in zip(groups, optimizer.state_dict()["param_groups"], strict=False):
+        group.update({name: tuple(value) for name, value in group.items() if name == "betas"})  # JSON has no tuples
+        for name in own.keys() & group.keys() - {"lr"}:  # which every update sets anew
+            if type(group[name]) is not type(own[name]):
+                expected, got = shown(own[name]), shown(group[name])
+                raise CheckpointError(f"the optimizer's state does not fit ({name}: expected {expected}, got {got})")
+        group["lr"] = own["lr"]
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the optimizer's state does not fit the model ({error})") from error
+
+
+_MOMENTS: dict[type, dict[str, torch.dtype | None]] = {
+    AdamW16: {"step": torch.int64, "mean": torch.uint16, "variance": torch.uint16},
+    torch.optim.AdamW: {"step": None, "exp_avg": None, "exp_avg_sq": None},
+}
+"""Names and dtypes of the state of a parameter; None: floating."""
+
+
+def _check_moments(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], found: Mapping[str, pieces.Contents], path: Path
+) -> None:
+    """Raises CheckpointError where a file has not what an optimizer of this kind keeps of these parameters."""
+    expected = _MOMENTS.get(type(optimizer), {})
+    names: dict[int, set[str]] = {}
+    for key, (dtype, shape) in found.items():
+        index, _, name = key.partition(".")
+        if not (index.isascii() and index.isdigit() and int(index) < len(parameters)):
+            raise CheckpointError(f"{path}: {shown(key)} belongs to no parameter")
+        names.setdefault(int(index), set()).add(name)
+        parameter = parameters[int(index)]
+        if shape not in ((), parameter.shape) or (name != "step" and name in expected and shape != parameter.shape):
+            raise CheckpointError(f"{path}: {key}: expected {list(parameter.shape)}, got {list(shape)}")
+        wanted = expected.get(name, dtype)
+        if dtype != wanted and not (wanted is None and dtype.is_floating_point):
+            raise CheckpointError(f"{path}: {key}: expected {wanted or 'floating numbers'}, got {dtype}")
+    for index in range(len(parameters)) if names else ():
+        if missing := expected.keys() - names.get(index, expected.keys()):
+            raise CheckpointError(f"{path}: {index}.{min(missing)} is missing")
 
 
 def averages(model: nn.Module, ema: list[torch.Tensor]) -> dict[str, torch.Tensor]:

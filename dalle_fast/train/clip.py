@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 
 from ..data import Tokenizer, load_batch
-from ..errors import ConfigError
+from ..errors import ConfigError, require_numbers
 from ..models import CLIP, CLIPConfig
 from ..models.clip import TINY
 from ..optim.schedules import cosine, warmup_linear
 from ..parallel.world import World
-from .config import DataConfig, LoopConfig
+from .config import LARGEST, DataConfig, LoopConfig
 from .recipe import Recipe
 
 
@@ -41,6 +42,9 @@ class CLIPTrainConfig:
         self.loop.refuse_transformer_options("clip")
         if self.loop.accumulate != 1:
             raise ConfigError("loop.accumulate: a contrastive loss needs the whole batch at once, expected 1")
+        require_numbers(self, learning_rate=(0, math.inf), weight_decay=(0, math.inf), warmup_steps=(0, LARGEST))
+        if not 256 <= self.text_vocab_size <= 1 << 24:
+            raise ConfigError(f"text_vocab_size: expected 256 to {1 << 24}, got {self.text_vocab_size}")
         if not 0 <= self.bpe_dropout < 1:
             raise ConfigError(f"bpe_dropout: expected a number in [0, 1), got {self.bpe_dropout}")
         if self.model.architecture != TINY:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import sys
 import types
 import typing
@@ -15,7 +17,8 @@ from typing import Any, TypeVar
 import tomli_w
 
 from ..data.augment import AUGMENTATIONS
-from ..errors import ConfigError
+from ..errors import ConfigError, require_ints, require_numbers, shown
+from ..files import read_bytes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,6 +26,9 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+LARGEST = 2**63 - 1
+MAX_BYTES = 1 << 20
+"""Of a TOML file."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,18 @@ class DataConfig:
     """"train", or "all" to train on the held-out combinations too."""
     augment: str = "none"
     """"none", "jitter" (small shifts), or the paper's crops: "stage1" (dVAE, flips too), "stage2" (transformer)."""
+    emphasis: str = ""
+    """Regular expression: training pairs whose caption it is found in come `emphasis_repeats` times an epoch."""
+    emphasis_repeats: int = 3
+    """How often; the others come once."""
 
     def __post_init__(self) -> None:
+        try:
+            re.compile(self.emphasis)
+        except re.error as error:
+            raise ConfigError(f"emphasis: expected a regular expression, got {self.emphasis!r} ({error})") from None
+        if self.emphasis_repeats < 1:
+            raise ConfigError(f"emphasis_repeats: expected at least 1, got {self.emphasis_repeats}")
         if self.augment not in AUGMENTATIONS:
             raise ConfigError(f"augment: expected one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}")
         if self.split not in ("train", "all"):
@@ -95,9 +111,9 @@ class LoopConfig:
         for name in ("steps", "batch_size", "accumulate", "shard", "ema_every", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("sample_every", "log_histograms", "keep", "max_skipped", "clip_norm", "seed", "powersgd_rank"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        counts = ("sample_every", "log_histograms", "keep", "max_skipped", "seed", "powersgd_rank")
+        require_numbers(self, clip_norm=(0, math.inf), **dict.fromkeys(counts, (0, LARGEST)))
+        require_ints(self, **dict.fromkeys(("steps", "batch_size", "shard", "ema_every", "log_every"), LARGEST))
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate: expected a divisor of batch_size {self.batch_size}, got {self.accumulate}")
         if self.powersgd_rank % self.shard:
@@ -126,6 +142,16 @@ class LoopConfig:
             raise ConfigError(f"loop.log_histograms: counts gradients of dalle; expected 0 for {kind}")
 
 
+def require_betas(betas: tuple[float, float]) -> None:
+    """Of AdamW.
+
+    Raises:
+        ConfigError: one is not in [0, 1).
+    """
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"betas: expected two numbers in [0, 1), got {betas}")
+
+
 def with_steps(config: T, steps: int) -> T:
     """The same run stretched to `steps` updates: every field that ends in `_steps` scales along."""
     factor = steps / config.loop.steps
@@ -146,7 +172,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
-        path = f"{where}.{key}" if where else key
+        path = shown(f"{where}.{key}" if where else key)[1:-1]
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(hints)}"
@@ -161,18 +187,22 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
 def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ConfigError(f"{path}: expected a table, got {value!r}")
+            raise ConfigError(f"{path}: expected a table, got {shown(value)}")
         return from_dict(kind, value, path)
     origin = typing.get_origin(kind)
     if origin is tuple:
         items = typing.get_args(kind)
         if not isinstance(value, (list, tuple)) or len(value) != len(items):
-            raise ConfigError(f"{path}: expected {len(items)} values, got {value!r}")
+            raise ConfigError(f"{path}: expected {len(items)} values, got {shown(value)}")
         return tuple(_convert(item, v, path) for item, v in zip(items, value, strict=True))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and abs(value) > LARGEST:  # an int of 400 digits is no float
+        raise ConfigError(f"{path}: expected a number of at most {LARGEST}, got {shown(value)}")
+    if kind is float and number:
         return float(value)
-    if isinstance(kind, types.GenericAlias) or not isinstance(value, kind) or (kind is not bool and value is True):
-        raise ConfigError(f"{path}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    odd = isinstance(kind, types.GenericAlias) or not isinstance(value, kind)
+    if odd or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{path}: expected {getattr(kind, '__name__', kind)}, got {shown(value)}")
     return value
 
 
@@ -183,10 +213,13 @@ def load_config(cls: type[T], path: Path | str) -> T:
         ConfigError: not there, not TOML, or a key or value that does not fit; the message names the file.
     """
     try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML ({error})") from error
+        values = tomllib.loads(read_bytes(path, MAX_BYTES).decode())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as TOML ({error.strerror or error})") from error
+    except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
+        raise ConfigError(f"{path}: cannot be read as TOML ({' '.join(str(error).split())[:500]})") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: cannot be read as TOML (nested too deeply)") from None
     values.pop("recipe", None)
     try:
         return from_dict(cls, values)

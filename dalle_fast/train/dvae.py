@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image
 
-from ..data import load_batch
-from ..errors import ConfigError
+from ..data import load_batch, sample_indices
+from ..errors import ConfigError, require_ints, require_numbers
 from ..models import DVAE, DVAEConfig
 from ..optim.schedules import cosine
 from ..parallel.world import World
 from ..sample import contact_sheet, to_uint8
-from .config import DataConfig, LoopConfig
+from .codes import begin_with_codes
+from .config import LARGEST, DataConfig, LoopConfig, require_betas
 from .recipe import Recipe
+
+_PICTURES_FOR_CODES = 512
 
 
 @dataclass(frozen=True)
@@ -37,21 +41,33 @@ class DVAETrainConfig:
     beta_steps: int = 5_000
     """Updates of the KL weight's cosine."""
     final_tau: float = 1 / 16
-    """Temperature after tau_steps, from 1 along a cosine."""
+    """Temperature after tau_steps, from initial_tau along a cosine."""
+    initial_tau: float = 1.0
+    """Temperature of the first update."""
     tau_steps: int = 150_000
     """Updates of the temperature's cosine."""
     weight_decay: float = 1e-4
     """AdamW's decay."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moments."""
+    codes: str = "random"
+    """Code book before the first update: "random" weights as in the paper, or "kmeans" (`train.codes`): all codes alive
+    from the start, for runs too short to find them."""
+    encoder_lr_scale: float = 1.0
+    """Step size of the encoder, in those of the decoder; "kmeans" wants it small."""
 
     def __post_init__(self) -> None:
         self.loop.refuse_transformer_options("dvae")
         if not 0 < self.final_tau <= 1:
             raise ConfigError(f"final_tau: expected a number in (0, 1], got {self.final_tau}")
-        for name in ("learning_rate", "beta", "weight_decay", "final_learning_rate"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.codes not in ("random", "kmeans"):
+            raise ConfigError(f"codes: expected random or kmeans, got {self.codes!r}")
+        rates = ("learning_rate", "beta", "weight_decay", "final_learning_rate", "encoder_lr_scale")
+        require_numbers(self, **dict.fromkeys(rates, (0, math.inf)), initial_tau=(0, math.inf))
+        require_ints(self, **dict.fromkeys(("learning_rate_steps", "beta_steps", "tau_steps"), LARGEST))
+        require_betas(self.betas)
+        if self.initial_tau < self.final_tau:
+            raise ConfigError(f"initial_tau: expected at least final_tau {self.final_tau}, got {self.initial_tau}")
 
 
 class DVAERecipe(Recipe):
@@ -64,11 +80,31 @@ class DVAERecipe(Recipe):
         self.image_size = config.model.image_size
         self.dataset = self.open_data()
         self.model = DVAE(config.model).to(device, memory_format=torch.channels_last)
+        if config.codes == "kmeans":
+            self._begin_with_codes()
+
+    def _begin_with_codes(self) -> None:
+        """The same on all ranks: the first rank's, of pictures that the seed chooses."""
+        seed, count = self.loop.seed, min(_PICTURES_FOR_CODES, len(self.dataset))
+        if self.world.is_first:
+            chosen = sample_indices(seed, 0, count, len(self.dataset))
+            images = load_batch(self.dataset, chosen, size=self.image_size).images.to(self.device).float() / 255
+            begin_with_codes(self.model, images.contiguous(memory_format=torch.channels_last), seed)
+        encoder, decoder = self.model.encoder.blocks, self.model.decoder.blocks
+        for conv in (encoder.input, encoder.output.conv, decoder.input):
+            for parameter in (conv.w, conv.b):
+                values = parameter.detach().contiguous()  # a copy where the layout is channels_last
+                parameter.data.copy_(self.world.spread(values))
 
     def optimizer(self) -> torch.optim.Optimizer:
         config = self.config
+        if config.encoder_lr_scale == 1:
+            parameters: Any = self.model.parameters()
+        else:
+            coders = ((self.model.decoder, 1.0), (self.model.encoder, config.encoder_lr_scale))
+            parameters = [{"params": list(coder.parameters()), "lr_scale": scale} for coder, scale in coders]
         return torch.optim.AdamW(
-            self.model.parameters(),
+            parameters,
             config.learning_rate,
             betas=config.betas,
             eps=1e-8,
@@ -90,7 +126,7 @@ class DVAERecipe(Recipe):
         cells = self.model.grid[0] * self.model.grid[1]
         out = self.model(
             inputs["images"][rows],
-            tau=cosine(step, 1.0, config.final_tau, config.tau_steps),
+            tau=cosine(step, config.initial_tau, config.final_tau, config.tau_steps),
             beta=cosine(step, 0.0, config.beta, config.beta_steps),
             seed=self.loop.seed,
             offset=step,

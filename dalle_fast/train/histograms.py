@@ -155,13 +155,47 @@ def _shifted(histogram: dict[str, Any], shifts: Sequence[int] | None = None) -> 
     return table
 
 
+def _counted_lines(metrics: Path) -> list[dict[str, Any]]:
+    """The lines with histograms, all of as many resblocks.
+
+    Raises:
+        DataError: one holds something else under that name.
+    """
+    lines = [line for line in read_lines(metrics) if "histograms" in line]
+    sizes = set()
+    for line in lines:
+        try:
+            sizes |= {_num_rows(line["histograms"][part]) for part in ("activations", "parameters")}
+            scales = line.get("log2_scales")
+            if scales is not None:
+                sizes.add(len(scales))
+                if not all(abs(scale) <= 300 for scale in scales):
+                    raise ValueError("scales are beyond 2^300")
+            if len(sizes) != 1:
+                raise ValueError(f"numbers of resblocks differ: {sorted(sizes)}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{metrics}: step {line['step']}: damaged histograms ({error})") from None
+    return lines
+
+
+def _num_rows(histogram: dict[str, Any]) -> int:
+    rows, first = histogram["counts"], histogram["first"]
+    if type(first) is not int or not FIRST <= first <= LAST or not isinstance(rows, list) or not rows:
+        raise ValueError("expected rows of counts from an exponent on")
+    if not 1 <= len(rows[0]) <= _NUM_BINS or any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError("expected rows of one length")
+    if not all(type(count) is int and 0 <= count < 2**48 for row in rows for count in row):
+        raise ValueError("expected counts")
+    return len(rows)
+
+
 def describe(metrics: Path) -> str:
     """A table of constants for what a run's metrics.jsonl has counted.
 
     Raises:
-        DataError: it holds no histograms.
+        DataError: it holds no histograms, or something else under that name.
     """
-    lines = [line for line in read_lines(metrics) if "histograms" in line]
+    lines = _counted_lines(metrics)
     if not lines:
         raise DataError(f"{metrics}: no histograms; train with --log-histograms N")
     total: dict[tuple[str, str], np.ndarray] = {}
@@ -198,11 +232,15 @@ def describe(metrics: Path) -> str:
 
 
 def plot_gradients(metrics: Path, picture: Path) -> bool:
-    """Draws the newest histograms, and the scales of the run over time, into a PNG; False when there are none."""
+    """Draws the newest histograms, and the scales of the run over time, into a PNG; False when there are none.
+
+    Raises:
+        DataError: a line of `metrics` holds something else under "histograms", or the picture cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [line for line in read_lines(metrics) if "histograms" in line]
+    lines = _counted_lines(metrics)
     if not lines:
         return False
     newest = lines[-1]
@@ -227,7 +265,10 @@ def plot_gradients(metrics: Path, picture: Path) -> bool:
         axes[2].set(title="gradient scales", xlabel="update", ylabel="log2 of the scale")
         axes[2].grid(alpha=0.3)
         axes[2].legend(fontsize=8)
-    figure.savefig(picture)
+    try:
+        figure.savefig(picture)
+    except OSError as error:
+        raise DataError(f"{picture}: cannot be written ({error.strerror or error})") from error
     return True
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, TrainingError
-from ..models.store import model_files, read_json
+from ..models.store import model_files
 from ..optim.gradient_scale import WINDOW
 from ..optim.shards import local_part
 from ..parallel import pieces
@@ -75,8 +75,11 @@ def precision_of(name: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported()
         else:
-            capabilities = torch.backends.cpu.get_cpu_capability()
-            fast = "AVX512" in capabilities and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            # oneDNN also takes bfloat16 on AVX-512 without instructions for it, and is then slower than in float32
+            allowed = (
+                "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            )
+            fast = allowed and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if name == "bf16" else torch.float32
 
@@ -136,7 +139,7 @@ class Loop:
         step, config = self.step, self.config
         rate = self.recipe.learning_rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.model.train()
         inputs = self.recipe.prepare(step)
         parts = config.accumulate
@@ -267,7 +270,14 @@ class Loop:
         folder = checkpoint.find(world, self.run_dir, say)
         if folder is None:
             return False
-        state = world.first(lambda: read_json(folder / "state.json"))
+        file = folder / "state.json"
+        state = world.first(lambda: checkpoint.read_state(file))
+        with checkpoint.reading(file):
+            self._take_up(folder, state)
+        return True
+
+    def _take_up(self, folder: Path, state: dict[str, Any]) -> None:
+        world = self.world
         world.each(lambda: self._take_recipe(folder, state))
         pieces.read_into(world, folder / "model.safetensors", self.model.state_dict())
         if self.ema is not None:
@@ -286,7 +296,6 @@ class Loop:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.window = _Window(**state["window"])
         self.last = state["last"]
-        return True
 
     def _take_recipe(self, folder: Path, state: dict[str, Any]) -> None:
         if state["data"] != self.recipe.dataset.fingerprint():

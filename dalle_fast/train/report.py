@@ -12,18 +12,21 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..errors import DataError
+from ..files import open_regular, parse_json
+
 
 class MetricsLog:
     """One JSON object per line; a resumed run first drops what came after its checkpoint."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        if not path.exists() or path.read_text() != text:
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        if not path.exists() or path.read_bytes() != text:
             from ..models.store import write_atomic
 
-            write_atomic(path, text.encode())
+            write_atomic(path, text)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, values: dict[str, Any]) -> None:
@@ -37,15 +40,26 @@ class MetricsLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line cut off by a crash is left out."""
+    """The objects of a metrics.jsonl; what is not an object with a step (a line cut off by a crash) is left out.
+
+    Raises:
+        DataError: it is not an ordinary file.
+    """
     if not path.exists():
         return []
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in content.split(b"\n"):
         try:
-            lines.append(json.loads(line))
+            value = parse_json(line)
         except ValueError:
-            break
+            continue
+        if isinstance(value, dict) and type(value.get("step")) is int:
+            lines.append(value)
     return lines
 
 

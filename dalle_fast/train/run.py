@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError
 from ..parallel.world import World
 from .clip import CLIPRecipe, CLIPTrainConfig
 from .config import differences, load_config, save_config, with_steps
@@ -130,6 +129,8 @@ def run(
         loop = Loop(recipe, run_dir, quiet=quiet, on_phase=on_phase)
         world.first(lambda: _store(config, run_dir))
         return loop.run()
+    except OSError as error:  # something in the way in the run's folder, a full disk
+        raise TrainingError(f"{error.filename or run_dir}: {error.strerror or error}") from error
     finally:
         world.leave()
 
@@ -141,7 +142,7 @@ def _store(config: Any, run_dir: Path) -> None:
 
 def _agreed(config: Any, run_dir: Path, minutes: float | None, resume: bool) -> Any:
     """The config to train: of a folder that holds a run, what it holds, if that is the same run."""
-    if minutes is not None and minutes <= 0:
+    if minutes is not None and not 0 < minutes < 1e7:
         raise ConfigError(f"minutes: expected more than 0, got {minutes}")
     stored = run_dir / "config.toml"
     if not stored.exists():
@@ -159,8 +160,3 @@ def _agreed(config: Any, run_dir: Path, minutes: float | None, resume: bool) -> 
                 "choose another run folder or the old value"
             )
     return config
-
-
-def with_loop(config: Any, **changes: Any) -> Any:
-    """The config with other loop values."""
-    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, **changes))

@@ -175,6 +175,13 @@ def _run_chunks(x, weight, target, bias, ignore_index, compute, needs, chunk_row
     return loss, dx, dweight, dbias
 
 
+def check_range(target: torch.Tensor, num_codes: int, ignore_index: int) -> None:
+    """Raises IndexError for a target that is neither a code nor `ignore_index`."""
+    bad = ((target < 0) | (target >= num_codes)) & (target != ignore_index)
+    if bad.any():
+        _raise_out_of_range(target, int(bad.nonzero()[0]), num_codes, ignore_index)
+
+
 def _raise_out_of_range(target: torch.Tensor, row: int, num_codes: int, ignore_index: int) -> None:
     raise IndexError(
         f"target: expected values in [0, {num_codes}) or ignore_index={ignore_index}, "
