@@ -101,9 +101,10 @@ def _styles_dvae() -> DVAETrainConfig:
 def _styles_clip() -> CLIPTrainConfig:
     return CLIPTrainConfig(
         data=DataConfig(source="emoji-styles"),
-        loop=LoopConfig(steps=600, batch_size=128, clip_norm=1.0, ema_decay=0.98, sample_every=250, save_every=250),
-        model=CLIPConfig(image_size=64, patch_size=8, width=96),
-        warmup_steps=50,
+        loop=LoopConfig(steps=400, batch_size=128, clip_norm=1.0, ema_decay=0.97, sample_every=200, save_every=100),
+        model=CLIPConfig(image_size=64, patch_size=16, width=96, text_len=24),
+        warmup_steps=30,
+        bpe_dropout=0.0,
     )
 
 
@@ -126,6 +127,7 @@ def _styles_dalle() -> DALLETrainConfig:
         ),
         learning_rate=4e-3,
         warmup_steps=50,
+        bpe_dropout=0.0,
         schedule="cosine",
         caption_dropout=0.1,
     )
