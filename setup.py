@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A thin driver: CMake is the build. Honours CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CXXFLAGS.
+"""A thin driver: CMake is the build. Honours CUDA_HOME, TORCH_CUDA_ARCH_LIST, DF_CUDA, DF_CPU_LEVELS, MAX_JOBS,
+CXX, CXXFLAGS.
 
 Without a C++ compiler the package installs without its extension and runs on the PyTorch references.
 """
@@ -56,6 +57,7 @@ class CMakeBuild(build_ext):
             f"-DDF_OUTPUT_DIR={output}",
             f"-DDF_EXTRA_SITE={extra}",
             f"-DDF_CUDA={os.environ.get('DF_CUDA', 'AUTO')}",
+            f"-DDF_CPU_LEVELS={os.environ.get('DF_CPU_LEVELS', 'all')}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", str(num_jobs())], check=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tables of README.md and docs/benchmarks.md, made from the newest whole result: python -m benchmarks.tables.
+"""The tables of README.md and docs/benchmarks.md, made from the newest whole results: python -m benchmarks.tables.
 
 They stand between two comments of each document; a test holds them to the newest result in benchmarks/results/.
 """
@@ -17,35 +17,51 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- from benchmarks/results: python -m benchmarks.tables -->", "<!-- end of table -->"
 
 
-def newest() -> tuple[Path, dict]:
-    """Path and content of the newest result of a CPU that is not of a selection of rows."""
-    found = []
+def newest() -> list[tuple[Path, dict]]:
+    """The newest result of each kind of CPU (processor, instructions) that is not of a selection of rows.
+
+    The kind that was measured last comes first. A processor that was limited to older instructions stands for one that
+    has no others only where there is no result of such a one.
+    """
+    found = {}
     for path in RESULTS.glob("*.json"):
         try:
             report = bench.load(path)
         except bench.BenchError:
             continue
-        if report.get("whole", True) and "gpu" not in report["machine"]:
-            found.append((report["date"], path, report))
-    return max(found)[1:]
+        machine = report["machine"]
+        if not report.get("whole", True) or "gpu" in machine:
+            continue
+        kind = machine["cpu_level"]
+        rank = ("limited_by" not in machine, report["date"])
+        found[kind] = max(found.get(kind, (rank, path, report)), (rank, path, report), key=lambda entry: entry[0])
+    return [entry[1:] for entry in sorted(found.values(), key=lambda entry: entry[2]["date"], reverse=True)]
 
 
 def facts(path: Path, report: dict, results: str) -> str:
     """What the figures have to be read with, `results` being the way from the document to the folder."""
     machine, date = report["machine"], report["date"][:10]
-    threads = f"{machine['threads']} threads"
+    page = path.with_suffix(".html").name
+    limits = " ".join(f"{name}={value}" for name, value in machine.get("limited_by", {}).items())
     return (
-        f"{machine['device']} ({machine['cpu_level']}), {threads}, torch {machine['torch']}, {date}, commit\n"
-        f"{machine['commit'][:10]}; all of it: [JSON]({results}/{path.name}), a page with bars beside it."
+        f"- {machine['cpu_level']}: {machine['device']}{f', limited by `{limits}`' if limits else ''}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, {date}, commit {machine['commit'][:10]} "
+        f"([JSON]({results}/{path.name}), [page]({results}/{page}))"
     )
 
 
 def documents() -> dict[Path, str]:
     """Document -> what stands between its comments."""
-    path, report = newest()
+    results = newest()
+    reports = [report for _, report in results]
+
+    def machines(folder: str) -> str:
+        return "\n".join(facts(path, report, folder) for path, report in results)
+
     return {
-        ROOT / "README.md": f"{bench.summary(report)}\n\n{facts(path, report, 'benchmarks/results')}",
-        ROOT / "docs" / "benchmarks.md": f"{facts(path, report, '../benchmarks/results')}\n\n{bench.markdown(report)}",
+        ROOT / "README.md": f"{bench.summary(reports)}\n\n{machines('benchmarks/results')}",
+        ROOT / "docs" / "benchmarks.md": f"{machines('../benchmarks/results')}\n\n{bench.side_by_side(reports)}\n\n"
+        f"All peers, of the first of these:\n\n{bench.markdown(reports[0])}",
     }
 
 

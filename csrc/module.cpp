@@ -6,11 +6,16 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "core/check.h"
 #include "core/cuda_status.h"
 #include "core/dispatch.h"
+#if defined(DF_SIMT)
+#include "simt/device.h"
+#include "simt/simt.h"
+#endif
 
 namespace dalle_fast {
 void bind_adamw16(pybind11::module_&);
@@ -29,14 +34,6 @@ void bind_vq_bottleneck(pybind11::module_&);
 }  // namespace dalle_fast
 
 #if defined(DF_SIMT)
-namespace simt {
-void seed(uint64_t);
-void remove_barrier(const std::string& place);
-void drop_last_block(bool drop);
-void forget_waits(bool forget);
-std::vector<std::string> barriers();
-void forget_barriers();
-}  // namespace simt
 namespace dalle_fast::simt_controls {
 void run(const std::string&, bool, float*, const float*);
 }
@@ -44,6 +41,29 @@ void run(const std::string&, bool, float*, const float*);
 #else
 #define DF_MODULE _C
 #endif
+
+namespace dalle_fast {
+namespace {
+
+#if defined(DF_WITH_CUDA) || defined(DF_SIMT)
+pybind11::list describe_devices() {
+  pybind11::list all;
+  for (const DeviceStatus& status : cuda_devices()) {
+    pybind11::dict one;
+    one["name"] = status.properties.name;
+    one["capability"] = std::to_string(status.properties.major) + "." + std::to_string(status.properties.minor);
+    one["shared_memory_per_block"] = status.properties.shared_memory;
+    one["num_sms"] = status.properties.num_sms;
+    one["image"] = status.image;
+    one["problem"] = status.problem;
+    all.append(one);
+  }
+  return all;
+}
+#endif
+
+}  // namespace
+}  // namespace dalle_fast
 
 PYBIND11_MODULE(DF_MODULE, m) {
   using namespace dalle_fast;
@@ -69,6 +89,13 @@ PYBIND11_MODULE(DF_MODULE, m) {
   bind_sparse_attention(m);
   bind_vq_bottleneck(m);
 
+  std::vector<int> levels;
+  for (const CpuLevel level : built_cpu_levels()) levels.push_back(static_cast<int>(level));
+  m.attr("cpu_levels") = levels;
+  if (best_cpu_level() == CpuLevel::kNone)
+    throw pybind11::import_error(
+        "the extension was built for another processor (DF_CPU_LEVELS=native) and this one runs none of its levels; "
+        "build it again, or with DF_CPU_LEVELS=all");
   m.def("cpu_level", [] { return static_cast<int>(cpu_level()); });
   m.def("best_cpu_level", [] { return static_cast<int>(best_cpu_level()); });
   m.def("set_cpu_level", [](int level) { set_cpu_level(static_cast<CpuLevel>(level)); });
@@ -80,6 +107,23 @@ PYBIND11_MODULE(DF_MODULE, m) {
   m.def("simt_forget_waits", &simt::forget_waits);
   m.def("simt_barriers", &simt::barriers);
   m.def("simt_forget_barriers", &simt::forget_barriers);
+  // (kernel, blocks, blocks of a cluster, static and dynamic shared memory of a block) of the launches since the last
+  // call
+  m.def("simt_launches", [] {
+    std::vector<std::tuple<std::string, uint64_t, unsigned, std::size_t, std::size_t>> all;
+    for (const simt::Launched& l : simt::take_launches())
+      all.emplace_back(l.name, l.blocks, l.cluster, l.fixed_bytes, l.dynamic_bytes);
+    return all;
+  });
+  // (name, major, minor, shared memory of a block, SMs) of each device; archs as DF_CUDA_ARCHS; versions as 13000
+  using SimulatedDevice = std::tuple<std::string, int, int, std::size_t, int>;
+  m.def("simt_set_devices",
+        [](const std::vector<SimulatedDevice>& devices, const std::string& archs, int driver, int runtime) {
+          simt::Platform platform{{}, archs, driver, runtime};
+          for (const auto& [name, major, minor, shared_memory, num_sms] : devices)
+            platform.devices.push_back({name, major, minor, shared_memory, num_sms});
+          simt::set_platform(platform);
+        });
 #if defined(__SANITIZE_ADDRESS__)
   m.attr("sanitized") = true;
 #else
@@ -98,9 +142,20 @@ PYBIND11_MODULE(DF_MODULE, m) {
 #endif
 #if defined(DF_WITH_CUDA)
   m.attr("cuda_archs") = DF_CUDA_ARCHS;
-  m.def("cuda_status", &cuda_status);
 #else
   m.attr("cuda_archs") = "";
+#endif
+#if defined(DF_WITH_CUDA) || defined(DF_SIMT)
+  m.def("cuda_status", &cuda_status);
+  m.def("cuda_problem", &cuda_problem);
+  m.def("cuda_devices", &describe_devices);
+  m.def("cuda_driver", &driver_version);
+  m.def("cuda_runtime", &runtime_version);
+#else
   m.def("cuda_status", [] { return std::string("built without CUDA"); });
+  m.def("cuda_problem", [](int) { return std::string("the extension was built without CUDA"); });
+  m.def("cuda_devices", [] { return pybind11::list(); });
+  m.def("cuda_driver", [] { return 0; });
+  m.def("cuda_runtime", [] { return 0; });
 #endif
 }

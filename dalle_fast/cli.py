@@ -33,6 +33,7 @@ _EPILOG = """commands:
   bench      every op and training step beside its peers
   histograms exponents of a run's gradients: constants for 16-bit formats, and the plot
   doctor     what is installed, what is missing, what to do
+  pretrain   make the system that ships in the package anew
 
 dalle-fast <command> --help says more; dalle-fast --version says which this is."""
 
@@ -99,7 +100,7 @@ def _take(cls: type, arguments: argparse.Namespace, skip: set[str] = frozenset()
 
 def _demo(args: list[str]) -> None:
     parser = _parser("demo", "Trains dVAE, CLIP and transformer, samples held-out captions, writes report.html.")
-    parser.add_argument("--minutes", type=float, default=16.0, help="time for training and evaluation")
+    parser.add_argument("--minutes", type=float, help="allowed for everything together; 25 where nothing is said")
     parser.add_argument("--run", default="runs/demo", help="folder; the same command goes on with what is there")
     parser.add_argument("--data", default="emoji", help="emoji or shapes")
     arguments = parser.parse_args(args)
@@ -202,7 +203,7 @@ _TRAIN_HELP = """usage: dalle-fast train {dvae,clip,dalle} --run FOLDER [options
   --run FOLDER      the run's folder; the same command goes on with what is there
   --preset NAME     emoji (default), shapes, paper (dvae), paper-2.8b, paper-5.6b, paper-12b (dalle)
   --config FILE     a TOML file, such as the config.toml of another run, in place of a preset
-  --data SOURCE     emoji, shapes, a folder of pictures with .txt captions, or a .tar
+  --data SOURCE     emoji, emoji-styles, shapes, a folder of pictures with .txt captions, or a .tar
   --minutes M       stretch or shrink the run to about M minutes on this machine
   --log-histograms N  every N updates, exponents of the gradients by resblock and the scales: gradients.png (dalle)
   --dry-run         print parameters, FLOPs and memory, and stop
@@ -216,7 +217,7 @@ Several processes: torchrun --nproc-per-node 4 -m -- dalle_fast train dalle --ru
 def _tokenize(args: list[str]) -> None:
     parser = _parser("tokenize", "Encodes pictures with a trained dVAE; writes int32 tokens and their captions.")
     parser.add_argument("--run", required=True, help="run folder of the dVAE")
-    parser.add_argument("--data", default="emoji", help="emoji, shapes, a folder or a .tar")
+    parser.add_argument("--data", default="emoji", help="emoji, emoji-styles, shapes, a folder or a .tar")
     parser.add_argument("--split", default="all", help="train, heldout, seen or all")
     parser.add_argument("--output", default="tokens.safetensors", help="file; captions go into its metadata")
     arguments = parser.parse_args(args)
@@ -230,11 +231,15 @@ def _sampling_parser(command: str, description: str) -> argparse.ArgumentParser:
     from .sample import SampleOptions
 
     parser = _parser(command, description)
-    parser.add_argument("--run", required=True, help="folder with the runs dvae, dalle and, for ranking, clip")
+    parser.add_argument(
+        "--run", default="emoji", help="folder with the runs dvae, dalle and, for ranking, clip; emoji: the pretrained"
+    )
     parser.add_argument("--caption", action="append", type=_text, required=True, help="may be given several times")
     parser.add_argument("--output", default="samples", help="folder for PNG and JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    _add_fields(parser, SampleOptions)
+    text = "divides the logits; 0 takes the most likely token; default: 1, as in the paper, or 0.7 for the pretrained"
+    parser.add_argument("--temperature", type=float, default=argparse.SUPPRESS, help=text)
+    _add_fields(parser, SampleOptions, skip={"temperature"})
     return parser
 
 
@@ -243,11 +248,23 @@ def _text(given: str) -> str:
     return given.encode("utf-8", "replace").decode()
 
 
+def _sample_options(arguments: argparse.Namespace) -> Any:
+    from .sample import SampleOptions, pretrained
+
+    if not hasattr(arguments, "temperature"):
+        own = Path(arguments.run).is_dir() or pretrained.find(arguments.run) is None
+        arguments.temperature = SampleOptions.temperature if own else pretrained.TEMPERATURE
+    return _take(SampleOptions, arguments)
+
+
 def _load(arguments: argparse.Namespace):
     from .sample import System
     from .train.run import device_of
 
-    return System.load(arguments.run, device=device_of(arguments.device))
+    system = System.load(arguments.run, device=device_of(arguments.device))
+    if system.name:
+        print(f"{system.name}: weights that come with the package, trained earlier; --run takes a run of your own")
+    return system
 
 
 def _finish(result: Any, output: str) -> None:
@@ -259,23 +276,19 @@ def _finish(result: Any, output: str) -> None:
 
 
 def _sample(args: list[str]) -> None:
-    from .sample import SampleOptions
-
     arguments = _sampling_parser("sample", "Draws candidates for captions and ranks them.").parse_args(args)
-    options = _take(SampleOptions, arguments)
+    options = _sample_options(arguments)
     system = _load(arguments)
     for caption in arguments.caption:
         _finish(system.sample(caption, options, progress=_progress(caption)), arguments.output)
 
 
 def _complete(args: list[str]) -> None:
-    from .sample import SampleOptions
-
     parser = _sampling_parser("complete", "Keeps the top rows of a picture and draws the rest.")
     parser.add_argument("--image", required=True, help="picture; its central square is resized to the model's size")
     parser.add_argument("--keep-rows", type=int, required=True, help="rows of tokens to keep (the paper: 15 of 32)")
     arguments = parser.parse_args(args)
-    options = _take(SampleOptions, arguments)
+    options = _sample_options(arguments)
     from .data import augment_image, read_image
 
     system = _load(arguments)
@@ -290,12 +303,14 @@ def _evaluate(args: list[str]) -> None:
 
     parser = _parser("evaluate", "Evaluates a trained system; writes report.html, evaluation.json and sheets.")
     parser.add_argument("--run", required=True, help="folder with the runs dvae, dalle and, for ranking, clip")
-    parser.add_argument("--data", default="", help="emoji, shapes, a folder or a .tar; empty: what it was trained on")
+    parser.add_argument(
+        "--data", default="", help="emoji, emoji-styles, shapes, a folder or a .tar; empty: what it was trained on"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     _add_fields(parser, EvaluationOptions)
     arguments = parser.parse_args(args)
     options = _take(EvaluationOptions, arguments)
-    from .evaluate import run_evaluation, write_report
+    from .evaluate import judge_lines, run_evaluation, write_report
     from .train import DALLETrainConfig, load_config
 
     system = _load(arguments)
@@ -303,7 +318,7 @@ def _evaluate(args: list[str]) -> None:
     report = _progress("captions")
     evaluation = run_evaluation(system, source, options, progress=lambda what, done, total: report(done, total))
     paths = write_report(evaluation, arguments.run)
-    print(f"report: {paths['report']}\nnumbers: {paths['json']}")
+    print("\n".join([*judge_lines(evaluation.numbers), f"report: {paths['report']}", f"numbers: {paths['json']}"]))
 
 
 def _plan(args: list[str]) -> None:
@@ -349,8 +364,10 @@ def _bench(args: list[str]) -> None:
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch and of our kernels; 0: as PyTorch chooses")
     parser.add_argument("--seconds", type=float, default=900.0, help="rows that begin later are timed without peers")
+    parser.add_argument("--fresh", action="store_true", help="measure the machine's peaks anew; they are kept else")
     parser.add_argument("--scaling", action="store_true", help="in place of the rows: time against what grows")
     parser.add_argument("--overhead", action="store_true", help="in place of the rows: the cost of a call")
+    parser.add_argument("--levels", action="store_true", help="in place of the rows: each op at every CPU level")
     parser.add_argument("--all", action="store_true", help="rows, --scaling and --overhead")
     parser.add_argument("--clone", default="", help="folder with a clone of DALLE-pytorch: one more peer of a step")
     results = {"nargs": "?", "const": "benchmarks/results", "default": ""}
@@ -387,10 +404,15 @@ def _bench(args: list[str]) -> None:
     if arguments.list:
         print("\n".join(rows))
         return
-    facts, table, more = bench.machine(), {"roofs": {}, "rows": []}, {}
+    facts, table, more = bench.machine(), {"peaks": {}, "rows": []}, {}
     timer = bench.Timer("cpu", budget=3.0)
-    if arguments.all or not (arguments.scaling or arguments.overhead):
-        table = bench.run(rows.items(), timer, only=arguments.ops, peers=arguments.peers, seconds=arguments.seconds)
+    if arguments.levels:
+        more["levels"] = bench.measure_levels(only=arguments.ops)
+    if arguments.all or not (arguments.scaling or arguments.overhead or arguments.levels):
+        table = bench.run(
+            rows.items(), timer, only=arguments.ops, peers=arguments.peers, seconds=arguments.seconds,
+            fresh=arguments.fresh,
+        )  # fmt: skip
         if not table["rows"]:
             raise ConfigError(f"--ops: no row matches {arguments.ops!r}; --list prints them")
         print(bench.show(table).split("\n", 2)[0])
@@ -402,18 +424,19 @@ def _bench(args: list[str]) -> None:
         whole = arguments.all and not (arguments.ops or arguments.peers)
         path = bench.save(table, Path(arguments.json), facts, whole=whole, **more)
         print(f"{path}\n{path.with_suffix('.html')}")
-    wrong = bench.failures(table)
+    wrong = bench.failures(table) + bench.wrong_levels(more.get("levels", []))
     if recorded is not None:
-        again = functools.partial(_measure_again, rows, timer, table["roofs"], arguments.peers)
+        machine = bench.Peaks(table["peaks"], "of the first attempt")
+        again = functools.partial(_measure_again, rows, timer, machine, arguments.peers)
         wrong += bench.check({"machine": facts, "table": table}, recorded, again)
     if wrong:
         raise bench.BenchError("\n".join(["these rows are wrong or have lost:", *wrong]))
 
 
-def _measure_again(rows: dict, timer: Any, roofs: dict[str, float], peers: str, name: str) -> dict:
+def _measure_again(rows: dict, timer: Any, machine: Any, peers: str, name: str) -> dict:
     from . import bench
 
-    return bench.measure(rows[name](), timer, roofs, peers=peers)
+    return bench.measure(rows[name](), timer, machine, peers=peers)
 
 
 def _histograms(args: list[str]) -> None:
@@ -437,6 +460,22 @@ def _doctor(args: list[str]) -> None:
     doctor.main(as_json=arguments.json)
 
 
+def _pretrain(args: list[str]) -> None:
+    from . import pretrain
+
+    parser = _parser("pretrain", "Trains the system that ships in the package, evaluates it, writes 16-bit weights.")
+    parser.add_argument("--run", default="runs/pretrained", help="folder; the same command goes on with what is there")
+    parser.add_argument("--stage", default="all", help=f"all, or one of {', '.join((*pretrain.STAGES, 'publish'))}")
+    parser.add_argument("--steps", type=int, help="updates of the one stage in place of the preset's")
+    parser.add_argument("--output", default=str(pretrain.FOLDER / pretrain.DEFAULT), help="folder for the weights")
+    arguments = parser.parse_args(args)
+    for stage in (*pretrain.STAGES, "publish") if arguments.stage == "all" else (arguments.stage,):
+        if stage == "publish":
+            print(pretrain.publish(arguments.run, arguments.output))
+        else:
+            pretrain.train_stage(stage, arguments.run, arguments.steps)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "train": _train,
@@ -448,6 +487,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench": _bench,
     "histograms": _histograms,
     "doctor": _doctor,
+    "pretrain": _pretrain,
 }
 
 

@@ -28,7 +28,7 @@ _kept: dict[int, deque[torch.UntypedStorage]] = {}  # by bytes; sizes, and stora
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether it lies in the memory of the CPU: no subclass, such as FakeTensor or DTensor."""
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu
 
 
 def _default_limit() -> int:
@@ -89,7 +89,7 @@ def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = 
         storages.append(storage)
         _kept[size] = storages
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), strides)
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, tuple(shape), strides)
 
 
 def _is_free(storages: deque[torch.UntypedStorage], i: int) -> bool:

@@ -13,21 +13,24 @@ import torch
 
 from benchmarks import tables
 from dalle_fast import bench
+from dalle_fast.bench import PEAKS, Peaks
 from dalle_fast.bench.memory import peak_memory
 from dalle_fast.bench.overhead import overhead_rows
 from dalle_fast.bench.page import HEIGHT, WIDTH, chart
 from dalle_fast.bench.rows import all_rooms, relative, room_row
 from dalle_fast.bench.scaling import measure_curves
 from dalle_fast.bench.steps import dalle_row, dvae_row
-from dalle_fast.bench.timing import ROOFS
 from dalle_fast.cli import main
 from dalle_fast.ops import AttentionPattern, sparse_attention
 from dalle_fast.ops.sparse_attention.peers import BLOCK_SIZES, column_by_column, flex_attention
 
+EVEN = Peaks(dict.fromkeys(PEAKS, 1e10), "measured")
+
 
 @pytest.fixture(autouse=True)
-def quick_roofs(monkeypatch):
-    monkeypatch.setattr("dalle_fast.bench.table.roofs", lambda timer: dict.fromkeys(ROOFS, 1e10))
+def no_slow_parts(monkeypatch):
+    monkeypatch.setattr("dalle_fast.bench.table.peaks", lambda timer, fresh=False: EVEN)
+    monkeypatch.setattr("dalle_fast.bench.timing._cache_bytes", lambda: 32 << 20)  # half a GB where cores are many
 
 
 def wait(seconds):
@@ -99,7 +102,12 @@ def test_files_are_whole_and_safe(tmp_path):
     assert "wrong" in page
     assert "http" not in page, "the page needs no other file"
     assert "| peer |" in bench.markdown(bench.load(path))
-    assert "| peer |" in bench.summary(bench.load(path))
+    both = [bench.load(path)] * 2
+    assert "forward" in bench.summary(both[:1])
+    level = both[0]["machine"]["cpu_level"]
+    assert bench.summary(both).splitlines()[0].count(f"forward, {level}") == 2
+    (line,) = (line for line in bench.side_by_side(both).splitlines() if "alert" in line)
+    assert line.count(" peer |") == 2
 
 
 def test_documents_are_of_the_newest_result():
@@ -118,7 +126,7 @@ def test_curves_and_calls_are_measured_and_drawn(tmp_path):
         assert 0.1 < call["ours_us"] < 1e5
         assert call["peers"]
     curves[0]["name"] = "<b>&"
-    path = bench.save({"roofs": {}, "rows": []}, tmp_path, bench.machine(), scaling=curves, overhead=calls)
+    path = bench.save({"peaks": {}, "rows": []}, tmp_path, bench.machine(), scaling=curves, overhead=calls)
     page = path.with_suffix(".html").read_text()
     assert "<b>" not in page
     for curve in curves:
@@ -135,10 +143,10 @@ def test_every_op_has_a_call_of_its_smallest_size():
 
 
 def test_the_floor_is_the_larger_of_bytes_and_products():
-    roof = {"copy_bytes_per_second": 8e3, "float32_flop_per_second": 1e4, "bfloat16_flop_per_second": 1e3}
+    machine = Peaks(dict(zip(PEAKS, (8e3, 1e4, 1e3), strict=True)), "measured")
     for flops, dtype, floor in ((0, torch.float32, 1.0), (20, torch.float32, 2.0), (20, torch.bfloat16, 2.0)):
         one = bench.Row("row", wait(0.001), lambda: 0.0, 1e-3, bytes=8, flops=flops, flop_dtype=dtype)
-        assert bench.measure(one, bench.Timer("cpu", 0.1), roof)["floor_ms"] == pytest.approx(floor)
+        assert bench.measure(one, bench.Timer("cpu", 0.1), machine)["floor_ms"] == pytest.approx(floor)
     room = next(room for room in all_rooms() if room.name == "sparse_attention")
     case = room.benchmarks[0]
     assert case.flops == 4 * 328_304 * 64 * 8
@@ -202,9 +210,8 @@ def test_flex_attention_without_a_compiler_or_gradient_is_left_out(monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
     room = next(room for room in all_rooms() if room.name == "sparse_attention")
     case = room.cases[0]
-    roof = dict.fromkeys(ROOFS, 1e10)
     for backward, reason in ((False, "RuntimeError: no C++ compiler"), (True, "FlexAttention has no backward pass")):
-        one = bench.measure(room_row(room, case, torch.float32, backward), bench.Timer("cpu", 0.01), roof)
+        one = bench.measure(room_row(room, case, torch.float32, backward), bench.Timer("cpu", 0.01), EVEN)
         assert reason in one["peers"]["FlexAttention compiled"]
         assert one["peers"]["SDPA with the mask"]["ratio"] > 0
 
@@ -304,7 +311,7 @@ def test_compare_shows_both(tmp_path, capsys):
     ],
 )
 def test_bad_flags_are_explained(flags, message, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "run", lambda *a, **k: {"roofs": {}, "rows": []})
+    monkeypatch.setattr(bench, "run", lambda *a, **k: {"peaks": {}, "rows": []})
     with pytest.raises(SystemExit) as stop:
         main(["bench", *flags])
     assert stop.value.code == 2

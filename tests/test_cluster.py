@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from test_train import log_of
 
+from dalle_fast.cli import main
 from dalle_fast.models import store
 
 README = Path(__file__).parent.parent / "README.md"
@@ -83,18 +87,55 @@ def run_everywhere(machines: list[str], folders: list[Path], command: str) -> No
     assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
 
 
-def test_the_readme_trains_on_two_machines_and_goes_on(tmp_path, machines):
+def few_pairs(folder: Path) -> Path:
+    """Pictures with captions: fewer than the emoji, which every process would read and encode."""
+    folder.mkdir()
+    for i in range(24):
+        pixels = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"noise number {i}")
+    return folder
+
+
+SHORT = " --loop.sample-every 0 --loop.batch-size 8 --loop.save-every 3 --loop.log-every 1 --loop.steps "
+
+
+@pytest.fixture
+def folders(tmp_path) -> list[Path]:
+    """The working folder of each machine."""
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
-    dvae, dalle = commands()
-    short = " --loop.sample-every 0 --loop.batch-size 8 --loop.save-every 3 --loop.log-every 1 --loop.steps "
-    run_everywhere(machines, folders, dvae + short + "2")
+    return folders
+
+
+@pytest.fixture
+def options(tmp_path) -> str:
+    return f" --data.source {few_pairs(tmp_path / 'pairs')}{SHORT}"
+
+
+def run_here(folder: Path, command: str, options: str, monkeypatch) -> None:
+    """A command of the README in this process alone."""
+    monkeypatch.chdir(folder)
+    main([*shlex.split(command.split("dalle_fast ")[1].replace("--loop.shard 2", "")), *shlex.split(options)])
+
+
+def test_the_readme_trains_a_dvae_on_two_machines(folders, machines, options):
+    run_everywhere(machines, folders, commands()[0] + options + "2")
+    assert [line["step"] for line in log_of(folders[0] / "runs/mine/dvae") if "loss" in line] == [1, 2]
     assert not (folders[1] / "runs").exists()  # one machine writes
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_the_readme_trains_a_transformer_on_two_machines(goes_on, folders, machines, options, monkeypatch):
+    """From nothing, and from the checkpoint of one process, which only the first machine has."""
+    dvae, dalle = commands()
+    run_here(folders[0], dvae, options + "2", monkeypatch)
     shutil.copytree(folders[0] / "runs/mine/dvae", folders[1] / "runs/mine/dvae")
-    for steps in (3, 5):  # the second machine has no checkpoint to go on from
-        run_everywhere(machines, folders, dalle + short + str(steps))
+    if goes_on:
+        run_here(folders[0], dalle, options + "3", monkeypatch)
+    run_everywhere(machines, folders, dalle + options + "4")
     run_dir = folders[0] / "runs/mine/dalle"
-    assert [line["step"] for line in log_of(run_dir) if "loss" in line] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in log_of(run_dir) if "loss" in line] == [1, 2, 3, 4]
     assert (store.find_latest(run_dir) / "error.safetensors").exists()
     assert not (folders[1] / "runs/mine/dalle").exists()

@@ -55,9 +55,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_stretching_a_run_stretches_its_schedule():
-    config = with_steps(preset("dvae", "emoji"), 600)
-    assert config.loop.steps == config.learning_rate_steps == 600
-    assert (config.beta_steps, config.tau_steps) == (60, 300)
+    config = with_steps(preset("dvae", "paper"), 600_000)
+    assert config.loop.steps == 600_000
+    assert (config.beta_steps, config.tau_steps, config.learning_rate_steps) == (1_000, 30_000, 240_000)
+    assert with_steps(preset("dvae", "emoji"), 600).tau_steps == 200
 
 
 def test_the_papers_recipe():
@@ -74,6 +75,8 @@ def test_the_papers_recipe():
     assert (dalle.betas, dalle.weight_decay, dalle.bpe_dropout) == ((0.9, 0.96), 4.5e-2, 0.1)
     assert (dalle.optimizer, dalle.data.augment, dalle.model.dropout) == ("adamw16", "stage2", 0.0)
     assert dalle.model == DALLEConfig()
+    # what only the small presets change
+    assert (dvae.teacher_weight, dvae.initial_tau, dvae.data.emphasis) == (0.0, 1.0, "")
 
 
 def test_unknown_names_are_refused():

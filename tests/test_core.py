@@ -184,16 +184,24 @@ def test_without_the_extension_the_references_serve():
 
 
 def test_cpu_levels_can_be_chosen_and_are_clamped():
-    best = _C.best_cpu_level()
+    best, usable = _C.best_cpu_level(), _backend.usable_cpu_levels()
+    assert best == usable[-1]
     try:
-        _C.set_cpu_level(0)
-        assert _C.cpu_level() == 0
-        _C.set_cpu_level(99)
-        assert _C.cpu_level() == best
-        _C.set_cpu_level(2)  # there is none of that number
-        assert _C.cpu_level() == 0
+        for wanted in range(-1, 100):
+            _C.set_cpu_level(wanted)
+            assert _C.cpu_level() == max([level for level in usable if level <= wanted], default=usable[0])
     finally:
         _C.set_cpu_level(best)
+
+
+def test_a_level_below_those_of_the_build_is_refused(monkeypatch):
+    class BuiltForThisMachine:
+        cpu_levels = [4, 5, 6]
+
+    monkeypatch.setattr(_backend, "_C", BuiltForThisMachine)
+    monkeypatch.setenv("DALLE_FAST_CPU", "avx2")
+    with pytest.raises(ValueError, match="this build has avx512, bf16, amx alone; DF_CPU_LEVELS=all builds all"):
+        _backend._take_cpu_level()
 
 
 @pytest.mark.parametrize("name", ["portable", "avx2", "amx", "sse9"])
@@ -205,4 +213,8 @@ def test_the_environment_chooses_a_cpu_level(name):
         assert "DALLE_FAST_CPU: expected one of portable, avx2, avx512, bf16, amx, got 'sse9'" in done.stderr
     else:
         level = {"portable": 0, "avx2": 3, "amx": 6}[name]
-        assert done.stdout.strip() == str(min(level, _C.best_cpu_level())), done.stderr
+        expected = [usable for usable in _backend.usable_cpu_levels() if usable <= level]
+        if expected:
+            assert done.stdout.strip() == str(expected[-1]), done.stderr
+        else:
+            assert f"DALLE_FAST_CPU={name}: this build has " in done.stderr

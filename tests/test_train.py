@@ -18,7 +18,7 @@ from tiny import clip_config, dalle_config, dvae_config
 
 from dalle_fast.errors import CheckpointError, ConfigError, TrainingError
 from dalle_fast.models import store
-from dalle_fast.train import Interrupted, run
+from dalle_fast.train import DataConfig, Interrupted, run
 from dalle_fast.train.loop import Loop
 from dalle_fast.train.run import build
 
@@ -29,6 +29,14 @@ CONFIGS = {
     "clip": lambda steps, **changes: clip_config(steps, **changes),
     "dalle": lambda steps, **changes: dalle_config(steps, **changes),
     "dalle_fp16": lambda steps, **changes: dalle_config(steps, precision="fp16-resblock", log_histograms=8, **changes),
+    "dvae_taught": lambda steps, **changes: dataclasses.replace(
+        dvae_config(steps, **changes), teacher_weight=0.2, initial_tau=0.5
+    ),
+    "dalle_dion": lambda steps, **changes: dataclasses.replace(
+        dalle_config(steps, optimizer="dion", schedule="cosine", **changes),
+        data=DataConfig("emoji", emphasis="skin tone$"),
+        dion_rank=8,
+    ),
     "dalle_adamw": lambda steps, **changes: dalle_config(steps, optimizer="adamw", schedule="cosine", **changes),
 }
 

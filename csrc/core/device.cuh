@@ -3,14 +3,20 @@
 // blocks. With DF_SIMT the same names are implemented on the host (csrc/simt/).
 #pragma once
 
+#include "shared_memory.h"
+
 #if defined(DF_SIMT)
+#include "../simt/device.h"
 #include "../simt/simt.h"
 
 #define DF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   DF_LAUNCH_CLUSTER(kernel, grid, block, 1, shared_bytes, stream, __VA_ARGS__)
-#define DF_LAUNCH_CLUSTER(kernel, grid, block, cluster, shared_bytes, stream, ...) \
-  ((void)(stream), ::simt::launch((grid), (block), (cluster), (shared_bytes), #kernel, [&] { kernel(__VA_ARGS__); }))
-#define DF_SHARED(T, name, count) \
+#define DF_LAUNCH_CLUSTER(kernel, grid, block, cluster, shared_bytes, stream, ...)                                \
+  ((void)(stream), ::simt::launch({(grid), (block), (cluster), (shared_bytes), #kernel, DF_SIMT_ADDRESS(kernel)}, \
+                                  [&] { kernel(__VA_ARGS__); }))
+#define DF_SIMT_ADDRESS(kernel) reinterpret_cast<const void*>(+kernel)
+#define DF_SHARED(T, name, count)                                         \
+  static_assert(sizeof(T) * (count) <= ::dalle_fast::kMostStatic, #name); \
   T* const name = static_cast<T*>(::simt::static_shared(sizeof(T) * (count), DF_SIMT_SITE))
 #define DF_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::simt::dynamic_shared())
 #define DF_UNROLL
@@ -23,15 +29,20 @@
 namespace dalle_fast {
 inline unsigned cluster_rank() { return ::simt::here.cluster_rank; }
 inline unsigned cluster_size() { return ::simt::here.cluster_size; }
-inline bool has_clusters(int) { return true; }
 class DeviceGuard {
  public:
   explicit DeviceGuard(int) {}
 };
-inline std::size_t dynamic_shared_limit(int) { return 16 * 1024; }  // small, so that tests meet both sides of it
-inline int multiprocessors(int) { return 2; }                       // few, so that small grids fill them
+inline std::size_t shared_limit(int) { return ::simt::device().shared_memory; }
+inline int multiprocessors(int) { return ::simt::device().num_sms; }
 template <typename Kernel>
-void allow_dynamic_shared(Kernel, std::size_t) {}
+void allow_dynamic_shared(Kernel kernel, std::size_t bytes) {
+  ::simt::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
+template <typename Kernel>
+bool has_clusters(Kernel) {
+  return ::simt::has_clusters();
+}
 }  // namespace dalle_fast
 
 #else
@@ -49,14 +60,16 @@ void allow_dynamic_shared(Kernel, std::size_t) {}
     ::dalle_fast::check_cuda(cudaGetLastError(), "launch of " #kernel, __FILE__, __LINE__);      \
   } while (0)
 
-// The same with clusters of `cluster` blocks, neighbours along x, on devices that have them (has_clusters); up to 8.
+// The same with clusters of `cluster` blocks, neighbours along x, where its code has them (has_clusters); up to 8.
 #define DF_LAUNCH_CLUSTER(kernel, grid, block, cluster, shared_bytes, stream, ...)                   \
   ::dalle_fast::check_cuda(                                                                          \
       ::dalle_fast::launch_cluster(kernel, grid, block, cluster, shared_bytes, stream, __VA_ARGS__), \
       "launch of " #kernel, __FILE__, __LINE__)
 
 // Shared memory of a block: an array of a constant size, or what the launch asked for.
-#define DF_SHARED(T, name, count) __shared__ T name[count]
+#define DF_SHARED(T, name, count)                                         \
+  static_assert(sizeof(T) * (count) <= ::dalle_fast::kMostStatic, #name); \
+  __shared__ T name[count]
 #define DF_UNROLL _Pragma("unroll")
 #define DF_PRAGMA(text) _Pragma(#text)
 #define DF_UNROLL_BY(count) DF_PRAGMA(unroll count)
@@ -111,29 +124,43 @@ inline int multiprocessors(int device) {
   return count;
 }
 
-// Bytes of shared memory a block may have in all, and leave for a kernel to use more than 48 KiB of it.
-inline std::size_t dynamic_shared_limit(int device) {
+// Bytes of shared memory a block may have, static and dynamic together.
+inline std::size_t shared_limit(int device) {
   int bytes = 0;
   DF_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return static_cast<std::size_t>(bytes);
 }
+
+// Leave for a kernel's launches on the current device to ask for so much dynamic shared memory: beyond 48 KiB, static
+// and dynamic, they need it. Throws where the device does not have it.
 template <typename Kernel>
 void allow_dynamic_shared(Kernel kernel, std::size_t bytes) {
   if (bytes <= 32 * 1024) return;
   cudaFuncAttributes now;
   DF_CUDA_CHECK(cudaFuncGetAttributes(&now, kernel));
   if (static_cast<std::size_t>(now.maxDynamicSharedSizeBytes) >= bytes) return;
-  int device = 0;  // all that there is: another host thread may be about to launch with more
+  int device = 0;
   DF_CUDA_CHECK(cudaGetDevice(&device));
-  const std::size_t most = dynamic_shared_limit(device) - now.sharedSizeBytes;
-  DF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)));
+  // All that there is, as another host thread may be about to launch with more. Where the static part already counts
+  // what is reserved for each block (code for sm_90 declares it), `bytes` can be more than that: the runtime judges.
+  const std::size_t limit = shared_limit(device), fixed = now.sharedSizeBytes;
+  const std::size_t most = fixed + bytes <= limit ? limit - fixed : bytes;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)) !=
+      cudaSuccess) {
+    cudaGetLastError();
+    throw std::runtime_error("a kernel needs " + std::to_string(bytes) +
+                             " bytes of dynamic shared memory a block and " + std::to_string(fixed) +
+                             " of its own, device " + std::to_string(device) + " has " + std::to_string(limit));
+  }
 }
 
-// Whether blocks can form clusters: kernels for other devices are compiled with clusters of one.
-inline bool has_clusters(int device) {
-  int major = 0;
-  DF_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 9;
+// Whether blocks of a kernel can form clusters on the current device. That is up to the code that is loaded: what was
+// compiled from PTX below compute_90 knows clusters of one only, on newer devices too.
+template <typename Kernel>
+bool has_clusters(Kernel kernel) {
+  cudaFuncAttributes loaded;
+  DF_CUDA_CHECK(cudaFuncGetAttributes(&loaded, kernel));
+  return loaded.ptxVersion >= 90 && loaded.binaryVersion >= 90;
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -68,8 +68,9 @@ __device__ __forceinline__ uint32_t bits_of(T x) {
   return x.bits;
 }
 
+// By value: given the place, nvcc would read it word by word.
 template <typename T>
-__device__ __forceinline__ void unpack_piece(float* v, const Piece& raw) {
+__device__ __forceinline__ void unpack_piece(float* v, const Piece raw) {
   DF_UNROLL
   for (int i = 0; i < kPiece<T>; ++i) {
     if constexpr (sizeof(T) == 4)
@@ -111,7 +112,7 @@ __device__ __forceinline__ Piece load_piece(const T* row, int at, int count) {
 
 // The same as floats, where what does not exist is -Inf: it adds nothing to a softmax.
 template <Rows kRows, typename T>
-__device__ __forceinline__ void unpack_codes(float* v, const Piece& raw, int at, int count) {
+__device__ __forceinline__ void unpack_codes(float* v, const Piece raw, int at, int count) {
   unpack_piece<T>(v, raw);
   if constexpr (kRows == Rows::kElements) {
     DF_UNROLL

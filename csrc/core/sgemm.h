@@ -175,7 +175,7 @@ inline void multiply(float* c, int64_t ldc, const float* start, int64_t start_ro
                      int64_t rows, int64_t first, int64_t last) {
   static thread_local ThreadScratch scratch;
   const int64_t parts = b.depth > kPartDepth ? (b.depth + kPartDepth - 1) / kPartDepth : 1;
-  const int64_t part = round_up((b.depth + parts - 1) / parts, kLanes);
+  const int64_t part = round_up(b.depth > 0 ? (b.depth + parts - 1) / parts : 1, kLanes);
   for (int64_t r = 0; r < rows; r += kBlockRows) {
     const int64_t block = rows - r < kBlockRows ? rows - r : kBlockRows;
     float* const strips = scratch.floats(block * part);

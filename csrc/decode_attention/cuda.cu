@@ -12,7 +12,8 @@
 // has 240 rows in 3.76 blocks. Their text is 7.9 M multiply-adds, 8 k cycles at 1024 a cycle (half the peak of
 // mma.sync); float32 has twice the bytes, and at a sixth of that rate 46 k of 216 k cycles. A window takes some 900
 // instructions of a warp: half of what four schedulers issue in that time. Two blocks hold up to 147 KB of windows in
-// flight; 4.3 TB/s at 1 us take 33 KB. The first windows go to the second-level cache while the text is worked on.
+// flight; 4.3 TB/s at 1 us take 33 KB. Where an SM has less than 200 KB, a smaller plan leaves it two blocks (A100) or
+// one (99 KB). The first windows go to the second-level cache while the text is worked on.
 #include <stdexcept>
 
 #include "parts.cuh"
@@ -46,10 +47,9 @@ struct Plan {
 };
 
 // Rows [begin, begin + count) of a caption and key-value head, which belong to samples from first_sample on.
-template <typename T, int kDim>
+template <typename T, typename S>
 struct Block {
-  using S = Shape<T, kDim>;
-  using Part = RowPart<T, kDim>;
+  using Part = RowPart<S, T>;
   const Params& p;
   const Plan& plan;
   Token token;
@@ -83,7 +83,7 @@ struct Block {
   __device__ __forceinline__ void load_rows(T* tile, int rows, F row_of) const {
     const T* const valid = at(p.q, 0);
     DF_NO_UNROLL
-    for (int i = static_cast<int>(threadIdx.x); i < rows * S::kChunks; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < rows * S::kChunks; i += S::kThreads) {
       const int r = i / S::kChunks, c = i % S::kChunks * S::kChunk;
       const T* const from = row_of(r);
       const bool there = from && c < dim;
@@ -202,19 +202,19 @@ struct Block {
   }
 };
 
-template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, Shape<T, kDim>::kBlocks) decode(const Params p, const Plan plan) {
-  using S = Shape<T, kDim>;
-  using Part = RowPart<T, kDim>;
+template <typename T, int kDim, bool kLarge>
+__global__ void __launch_bounds__(Shape<T, kDim, kLarge>::kThreads, Shape<T, kDim, kLarge>::kBlocks)
+    decode_kernel(const Params p, const Plan plan) {
+  using S = Shape<T, kDim, kLarge>;
+  using Part = RowPart<S, T>;
+  constexpr int kWarps = S::kWarps;
   DF_DYNAMIC_SHARED(unsigned char, memory);
-  DF_SHARED(float, largest, 16 * kWarps);
-  DF_SHARED(float, sum, 16 * kWarps);
   T* const q = reinterpret_cast<T*>(memory + S::kWorkBytes);
   T* const text = reinterpret_cast<T*>(memory);
   float* const parts = reinterpret_cast<float*>(memory);  // after the text: row r of warp w at 16 w + r
   const int64_t position = p.position_at ? *p.position_at : p.position;
   const bool possible = is_possible(p, position);
-  const Block<T, kDim> block(p, plan, possible ? position : 0);
+  const Block<T, S> block(p, plan, possible ? position : 0);
   const int warp = block.warp, count = block.count, num_text = block.token.num_text;
   if (!possible) {
     for (int row = warp; row < count; row += kWarps)
@@ -261,10 +261,7 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kDim>::kBlocks) decode(cons
     for (int n = 0; n < kDim / 8; ++n)
       for (int j = 0; j < 2; ++j) parts[row * S::kPartStride + n * 8 + column + j] = part.out[n][2 * i + j];
     const float its_sum = across<1, 4>(part.sum[i], add);
-    if (column == 0) {
-      largest[row] = part.largest[i];
-      sum[row] = its_sum;
-    }
+    if (column == 0) *reinterpret_cast<RowStats*>(parts + row * S::kPartStride + kDim) = {part.largest[i], its_sum};
   }
   __syncthreads();
 
@@ -288,12 +285,12 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kDim>::kBlocks) decode(cons
         q_row[i] = to_float(q[row * S::kStride + Part::channel(i / S::kChunk) + i % S::kChunk]) * factor;
       Part r(q_row, stage, there, batch == 0);
       if (alone) {
-        r.merge(parts, largest, sum, row);
-        for (int w = 1; w < kWarps && batch == 0 && !plan.wide; ++w) r.merge(parts, largest, sum, 16 * w + row);
-        last ? block.write(row, r) : r.store(parts, largest, sum, row);
+        r.merge(parts, row);
+        for (int w = 1; w < kWarps && batch == 0 && !plan.wide; ++w) r.merge(parts, 16 * w + row);
+        last ? block.write(row, r) : r.store(parts, row);
       } else {
-        r.merge(parts, largest, sum, 16 * warp + row);
-        r.store(parts, largest, sum, 16 * warp + row);
+        r.merge(parts, 16 * warp + row);
+        r.store(parts, 16 * warp + row);
       }
     }
     sample = next_sample;
@@ -304,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kDim>::kBlocks) decode(cons
   __syncthreads();
   for (int row = warp; row < count; row += kWarps) {
     Part r;
-    for (int w = 0; w < kWarps; ++w) r.merge(parts, largest, sum, 16 * w + row);
+    for (int w = 0; w < kWarps; ++w) r.merge(parts, 16 * w + row);
     block.write(row, r);
   }
 }
@@ -325,9 +322,35 @@ bool has_vectors(const Params& p, int chunk) {
   return p.head_dim % chunk == 0;
 }
 
+// Whether blocks of so many rows take the large plan; on every device, what they take fits.
+template <typename T, int kDim>
+constexpr bool is_large([[maybe_unused]] int rows, [[maybe_unused]] std::size_t limit) {
+  using Large = Shape<T, kDim, true>;
+  if constexpr (Large::kHasSmall)
+    return takes_large_plan(Large::bytes(rows), Shape<T, kDim, false>::bytes(rows), Large::kBlocks, limit);
+  else
+    return true;
+}
+template <typename T, int kDim>
+constexpr bool all_plans_fit(int rows) {
+  return fits_every_device([rows](std::size_t limit) constexpr {
+    constexpr bool kHasSmall = Shape<T, kDim, true>::kHasSmall;
+    return is_large<T, kDim>(rows, limit) ? Shape<T, kDim, true>::bytes(rows) : Shape<T, kDim, !kHasSmall>::bytes(rows);
+  });
+}
+
+template <typename T, int kDim, bool kLarge>
+void launch(const Params& p, const Plan& plan, int64_t blocks, void* stream) {
+  using S = Shape<T, kDim, kLarge>;
+  allow_dynamic_shared(decode_kernel<T, kDim, kLarge>, S::bytes(plan.rows));
+  DF_LAUNCH((decode_kernel<T, kDim, kLarge>), static_cast<unsigned>(blocks), S::kThreads, S::bytes(plan.rows), stream,
+            p, plan);
+}
+
 template <typename T, int kDim>
 void run(const Params& p, void* stream) {
-  using S = Shape<T, kDim>;
+  using S = Shape<T, kDim, true>;  // with the tiles, chunks and rows of the small one
+  static_assert(all_plans_fit<T, kDim>(16) && all_plans_fit<T, kDim>(S::kManyRows), "shared memory of a device");
   const int64_t share = p.batch / p.text_batch, group = p.num_heads / p.num_kv_heads, rows = share * group;
   const int64_t heads = p.text_batch * p.num_kv_heads;
   const auto tiles = [&](int64_t of) { return (rows + of - 1) / of; };
@@ -344,9 +367,10 @@ void run(const Params& p, void* stream) {
   plan.by_kv_heads = Divisor(static_cast<uint32_t>(p.num_kv_heads));
   plan.by_group = Divisor(static_cast<uint32_t>(group));
   plan.vectors = has_vectors(p, S::kChunk);
-  const std::size_t bytes = S::kWorkBytes + sizeof(T) * static_cast<std::size_t>(plan.rows * S::kStride);
-  allow_dynamic_shared(decode<T, kDim>, bytes);
-  DF_LAUNCH((decode<T, kDim>), static_cast<unsigned>(heads * plan.tiles), kThreads, bytes, stream, p, plan);
+  if constexpr (S::kHasSmall)
+    if (!is_large<T, kDim>(plan.rows, shared_limit(p.device.index)))
+      return launch<T, kDim, false>(p, plan, heads * plan.tiles, stream);
+  launch<T, kDim, true>(p, plan, heads * plan.tiles, stream);
 }
 
 }  // namespace

@@ -8,14 +8,17 @@
 
 namespace dalle_fast::decode_attention {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-
-template <typename T, int kDim>
+// kLarge: more of a window in flight, where two blocks an SM (one of 256 channels) have the memory for it.
+template <typename T, int kDim, bool kLarge>
 struct Shape {
   static constexpr bool kWide = sizeof(T) == 4;
+  static constexpr bool kHasSmall = kDim == 64 || kDim == 256 || (kWide && kDim == 128);
+  static_assert(kLarge || kHasSmall, "no such plan");
+  static constexpr int kWarps = kWide && kDim == 256 && !kLarge ? 2 : 4, kThreads = 32 * kWarps;
+  static constexpr int kChannels = kDim;
   static constexpr int kChunk = 16 / sizeof(T);  // elements of a 16-byte load
   static constexpr int kChunks = kDim / kChunk;
-  static constexpr int kStride = kDim + kChunk;  // of rows in shared memory: eight at one column lie in other banks
+  static constexpr int kStride = kTileStride<kDim, T>;  // of rows in shared memory
   // rows of a block, where there are many
   static constexpr int kManyRows = kDim == 256 ? 16 : 16 * kWarps;
 
@@ -26,7 +29,7 @@ struct Shape {
   static constexpr int kStep = kWide ? 8 : 16;                                    // keys of one product
   static constexpr int kShare = kKeys / kWarps > kStep ? kKeys / kWarps : kStep;  // of a warp that has its own keys
 
-  // softmax parts, 16 of a warp
+  // softmax parts, 16 of a warp; behind the channels of each its row_max and row_sum
   static constexpr int kPartStride = kDim + 8;
   static constexpr int kPartBytes = 16 * kWarps * kPartStride * static_cast<int>(sizeof(float));
 
@@ -34,7 +37,9 @@ struct Shape {
   static constexpr int kLanes = kChunks < 32 ? kChunks : 32;
   static constexpr int kPer = kChunks / kLanes;
   static constexpr int kTogether = 32 / kLanes;
-  static constexpr int kLoads = kTogether > 4 ? 32 / kTogether : (kDim <= 64 ? 8 : 4) / kPer;
+  static constexpr int kManyLoads = kTogether > 4 ? 32 / kTogether : (kDim <= 64 ? 8 : 4) / kPer;
+  static constexpr int kFewLoads = kDim == 256 ? 2 : kDim == 128 ? 3 : 4;
+  static constexpr int kLoads = kLarge ? kManyLoads : kFewLoads;
   static constexpr int kBatch = kLoads * kTogether;
   static constexpr int kHeld = kPer * kChunk;                  // channels of a lane
   static constexpr int kStage = 2 * (kLoads + 1) * kPer * 32;  // vectors: keys, values; one load more for the new token
@@ -42,7 +47,14 @@ struct Shape {
 
   // windows follow the parts, which follow the text
   static constexpr int kWorkBytes = kTileBytes > kPartBytes + kWindowBytes ? kTileBytes : kPartBytes + kWindowBytes;
-  static constexpr int kBlocks = kDim == 256 ? 1 : 2;  // of a multiprocessor: as many as its shared memory holds
+  static constexpr int kBlocks = kDim == 256 ? 1 : 2;  // resident, where the device has the memory
+  static constexpr std::size_t bytes(int rows) {
+    return kWorkBytes + sizeof(T) * static_cast<std::size_t>(rows * kStride);
+  }
+};
+
+struct alignas(8) RowStats {
+  float row_max, row_sum;
 };
 
 // combined with the lanes whose numbers differ in some of the bits first, 2 * first, ... below end
@@ -64,7 +76,7 @@ __device__ __forceinline__ void score(float (&s)[1][kCount / 8][4], const T* q, 
 }
 template <int kCount, int kDim>
 __device__ __forceinline__ void score(float (&s)[1][kCount / 8][4], const float* q, const float* keys) {
-  constexpr int kStride = Shape<float, kDim>::kStride;
+  constexpr int kStride = kTileStride<kDim, float>;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   DF_UNROLL
   for (int k = 0; k < kDim; k += 8) {
@@ -95,7 +107,7 @@ __device__ __forceinline__ void accumulate(float (&out)[kDim / 8][4], const floa
 template <int kCount, int kDim>
 __device__ __forceinline__ void accumulate(float (&out)[kDim / 8][4], const float* keep,
                                            const float (&weights)[1][kCount / 8][4], const float* values) {
-  constexpr int kStride = Shape<float, kDim>::kStride;
+  constexpr int kStride = kTileStride<kDim, float>;
   constexpr bool kApart = kDim < 256;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   uint32_t a[kCount / 8][2][4];
@@ -182,35 +194,32 @@ __device__ __forceinline__ void unpack_chunk(float* x, const Vector16& chunk) {
   }
 }
 // A part of one row's softmax, spread over a warp: lane l has chunks l % kLanes, + kLanes, ... of the channels.
-template <typename T, int kDim>
+template <typename S, typename T>
 struct RowPart {
-  using S = Shape<T, kDim>;
   float largest = -INFINITY, sum = 0.0f, out[S::kHeld] = {};
 
   __device__ __forceinline__ static int channel(int u) {
     return (static_cast<int>(threadIdx.x) % S::kLanes + u * S::kLanes) * S::kChunk;
   }
-  // what follows the text's parts in shared memory
-  __device__ __forceinline__ void merge(const float* parts, const float* all_largest, const float* all_sum, int i) {
+  // part i of those in shared memory
+  __device__ __forceinline__ void merge(const float* parts, int i) {
     const float* part = parts + i * S::kPartStride;
-    const float now = larger(all_largest[i], largest), shift = shift_of(now);
-    const float keep = fast_exp2(largest - shift), weight = fast_exp2(all_largest[i] - shift);
+    const RowStats its = *reinterpret_cast<const RowStats*>(part + S::kChannels);
+    const float now = larger(its.row_max, largest), shift = shift_of(now);
+    const float keep = fast_exp2(largest - shift), weight = fast_exp2(its.row_max - shift);
     largest = now;
-    sum = sum * keep + all_sum[i] * weight;
+    sum = sum * keep + its.row_sum * weight;
     DF_UNROLL
     for (int j = 0; j < S::kHeld; ++j) out[j] = out[j] * keep + part[channel(j / S::kChunk) + j % S::kChunk] * weight;
   }
-  __device__ __forceinline__ void store(float* parts, float* all_largest, float* all_sum, int i) const {
+  __device__ __forceinline__ void store(float* parts, int i) const {
     float* part = parts + i * S::kPartStride;
     __syncwarp();  // everybody has merged what was there
     if (threadIdx.x % 32 < S::kLanes) {
       DF_UNROLL
       for (int j = 0; j < S::kHeld; ++j) part[channel(j / S::kChunk) + j % S::kChunk] = out[j];
     }
-    if (threadIdx.x % 32 == 0) {
-      all_largest[i] = largest;
-      all_sum[i] = sum;
-    }
+    if (threadIdx.x % 32 == 0) *reinterpret_cast<RowStats*>(part + S::kChannels) = {largest, sum};
     __syncwarp();
   }
 

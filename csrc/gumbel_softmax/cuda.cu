@@ -12,6 +12,16 @@
 namespace dalle_fast::gumbel_softmax {
 namespace {
 
+// Dynamic shared memory of a block of rows, two of which are resident with what they have besides
+constexpr std::size_t kPartBytes = sizeof(SoftmaxState) * kWarps * kMaxTile,
+                      kKlBytes = sizeof(KlSums) * kWarps * kMaxTile;
+static_assert(kPartBytes <= 4096, "what every kernel of rows has");
+constexpr std::size_t most_kept(std::size_t limit, std::size_t besides) { return limit / 2 - 4096 - besides; }
+static_assert(fits_every_device([](std::size_t limit) constexpr {
+                return 2 * (most_kept(limit, kKlBytes) + kPartBytes + kKlBytes) + kReservedShared;
+              }),
+              "shared memory of a device");
+
 struct TileLaunch {
   unsigned rows, blocks;
   std::size_t shared = 0;  // bytes
@@ -22,8 +32,7 @@ struct TileLaunch {
       : rows(p.num_codes <= 512 ? kMaxTile : kMaxTile / 2) {
     blocks = static_cast<unsigned>((p.outer * p.inner + rows - 1) / rows);
     const std::size_t bytes = rows * code_bytes * ((static_cast<std::size_t>(p.num_codes) + 3) / 4 * 4);
-    // two blocks a multiprocessor, at least, with what they have besides
-    if (bytes <= dynamic_shared_limit(p.device.index) / 2 - 4096 - besides) shared = bytes;
+    if (bytes <= most_kept(shared_limit(p.device.index), besides)) shared = bytes;
   }
 };
 
@@ -71,7 +80,7 @@ void forward(const Params& p, void* stream) {
     });
     return;
   }
-  const TileLaunch launch(p, sizeof(float), p.kl ? sizeof(KlSums) * kWarps * kMaxTile : 0);
+  const TileLaunch launch(p, sizeof(float), p.kl ? kKlBytes : 0);
   with_rows_of_thread<T>(pieces, [&](auto rows) {
     with_bool(p.kl, [&](auto kl) {
       const auto kernel = soft_rows<T, decltype(rows)::value, decltype(kl)::value>;

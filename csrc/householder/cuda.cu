@@ -2,6 +2,9 @@
 // A matrix that fits the shared memory of a block, or of a cluster of up to eight, is done there (on_chip.cuh). Others
 // stay in the second-level cache, a block a matrix: warps share the rows, lanes the columns; sums over rows meet in a
 // fixed order. There a column below its pivot keeps x, and v = x * inverse. R is never stored.
+#include <stdexcept>
+#include <string>
+
 #include "on_chip.cuh"
 
 namespace dalle_fast::householder {
@@ -11,6 +14,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTiles = 4;  // columns a lane has at a time
 constexpr int kWidth = 32 * kTiles;
+// In the cache: `part` and `dots`, and of each column tau and the inverse
+constexpr std::size_t kInCacheBytes = sizeof(float) * (kWarps + 1) * kWidth, kColumnBytes = sizeof(float) * 2;
 
 struct Block {
   float* a;  // [rows, columns]
@@ -182,8 +187,11 @@ Size size_of(const Share& share) { return {share.threads(), sizeof(float) * shar
 template <bool kCodes>
 void launch(const Table& table, const Params& p, unsigned cluster, const Size& size, void* stream) {
   const auto [threads, bytes] = size;
-  const std::size_t limit = dynamic_shared_limit(p.device.index);  // not `bytes`: another thread may launch as well
+  const std::size_t limit = shared_limit(p.device.index);  // not `bytes`: another thread may launch as well
   if (cluster == 0) {
+    if (kInCacheBytes + bytes > limit)
+      throw std::invalid_argument("p: the CUDA kernel takes at most " +
+                                  std::to_string((limit - kInCacheBytes) / kColumnBytes) + " columns on this device");
     allow_dynamic_shared(orthonormalize_in_cache<kCodes>, bytes);
     DF_LAUNCH(orthonormalize_in_cache<kCodes>, table.blocks, kThreads, bytes, stream, table, p.eps);
   } else if (cluster == 1) {
@@ -198,8 +206,8 @@ void launch(const Table& table, const Params& p, unsigned cluster, const Size& s
 
 template <bool kCodes>
 void launch_all(const Params& p, void* stream) {
-  const std::size_t limit = dynamic_shared_limit(p.device.index);
-  const bool clusters = has_clusters(p.device.index);
+  const std::size_t limit = shared_limit(p.device.index);
+  const bool clusters = has_clusters(orthonormalize_on_chip<kCodes, true>);
   for (const unsigned cluster : {8u, 4u, 2u, 1u, 0u}) {
     Table table{};
     Size size{};
@@ -214,8 +222,8 @@ void launch_all(const Params& p, void* stream) {
       if (cluster_of(b, limit, clusters) != cluster) continue;
       if (table.full()) flush();
       table.add(b, b.count);
-      const Size its = cluster > 0 ? size_of(Share(b, cluster))
-                                   : Size{kThreads, sizeof(float) * 2 * static_cast<std::size_t>(b.columns)};
+      const Size its =
+          cluster > 0 ? size_of(Share(b, cluster)) : Size{kThreads, kColumnBytes * static_cast<std::size_t>(b.columns)};
       size.threads = its.threads > size.threads ? its.threads : size.threads;
       size.bytes = its.bytes > size.bytes ? its.bytes : size.bytes;
     }

@@ -5,8 +5,9 @@
 // project, three launches: `prepare` looks for what is not finite in grad (nothing may be added before all of it is
 // known, so grad is read twice, the second time from the second-level cache where it fits) and lays X out as
 // fragments. `multiply` gives a block 128 rows and a share of the depth; tiles of E, grad and X come through two stages
-// of asynchronous copies, codes go back from registers, and no pass over E is repeated up to a rank of 128. `finish`
-// sums the shares in order. Floor: E 2 bytes an element read, with a gradient 4 more (2 from bfloat16) and 2 written.
+// of asynchronous copies (one where shared memory is short), codes go back from registers, and no pass over E is
+// repeated up to a rank of 128. `finish` sums the shares in order. Floor: E 2 bytes an element read, with a gradient 4
+// more (2 from bfloat16) and 2 written.
 #include "../core/mma.cuh"
 #include "powersgd.h"
 
@@ -278,12 +279,25 @@ __device__ __forceinline__ void multiply_step(float (*sum)[kTiles][4], const flo
   }
 }
 
+// Shared memory of `multiply`: stages of a tile of E, of the gradient and of X, and at the end half of the sums. One
+// stage where two do not fit: copies and products then take turns in a block.
+template <typename G, int kTiles>
+struct MultiplyShared {
+  static constexpr bool kAdd = !std::is_same_v<G, NoGrad>;
+  static constexpr int kTile = kRows * kDepth, kFactor = kDepth * kTiles * 8;                          // elements
+  static constexpr int kStage = kTile * (2 + (kAdd ? static_cast<int>(sizeof(G)) : 0)) + kFactor * 4;  // bytes
+  static constexpr int kSums = kRowWarps * 32 * 8 * kTiles * 4;
+
+  static constexpr std::size_t bytes(int stages) { return stages * kStage > kSums ? stages * kStage : kSums; }
+  static constexpr int stages(std::size_t limit) { return bytes(2) <= limit ? 2 : 1; }
+};
+
 template <typename G, bool kTransposed, int kTiles>
-__global__ void __launch_bounds__(kThreads)
-    multiply(const ProjectParams p, const ProjectPlan plan, int64_t pass, bool error_pieces, bool grad_pieces) {
-  constexpr bool kAdd = !std::is_same_v<G, NoGrad>;
-  constexpr int kTile = kRows * kDepth, kFactor = kDepth * kTiles * 8;
-  constexpr int kStage = kTile * (2 + (kAdd ? static_cast<int>(sizeof(G)) : 0)) + kFactor * 4;  // bytes
+__global__ void __launch_bounds__(kThreads) multiply(const ProjectParams p, const ProjectPlan plan, int64_t pass,
+                                                     bool error_pieces, bool grad_pieces, bool one_stage) {
+  using Shared = MultiplyShared<G, kTiles>;
+  constexpr bool kAdd = Shared::kAdd;
+  constexpr int kTile = Shared::kTile, kFactor = Shared::kFactor, kStage = Shared::kStage;
   DF_DYNAMIC_SHARED(unsigned char, shared);
   const int row_blocks = static_cast<int>(plan.row_blocks), per_split = static_cast<int>(plan.per_split);
   const int row_block = static_cast<int>(blockIdx.x) % row_blocks, split = static_cast<int>(blockIdx.x) / row_blocks;
@@ -292,7 +306,7 @@ __global__ void __launch_bounds__(kThreads)
   const int tiles = rest < per_split ? rest : per_split;
   const bool add = kAdd && p.status[0] != 0;
   const auto load = [&](int i) {
-    unsigned char* stage = shared + i % 2 * kStage;
+    unsigned char* stage = shared + (one_stage ? 0 : i % 2 * kStage);
     const int64_t k0 = static_cast<int64_t>(first + i) * kDepth;
     load_tile<uint16_t, kTransposed>(reinterpret_cast<uint16_t*>(stage), p.error, p.error_stride, p, row0, k0,
                                      error_pieces);
@@ -308,12 +322,16 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   float sum[2][kTiles][4] = {};
   bool finite = true;
-  load(0);
+  if (!one_stage) load(0);
   for (int i = 0; i < tiles; ++i) {
     copy_async_wait<0>();
-    __syncthreads();  // tile i is here, and nobody reads tile i - 1 any more
-    if (i + 1 < tiles) load(i + 1);
-    unsigned char* stage = shared + i % 2 * kStage;
+    __syncthreads();  // tile i is here, unless it has to share a stage, and nobody reads tile i - 1 any more
+    if (one_stage || i + 1 < tiles) load(one_stage ? i : i + 1);
+    if (one_stage) {
+      copy_async_wait<0>();
+      __syncthreads();
+    }
+    unsigned char* stage = shared + (one_stage ? 0 : i % 2 * kStage);
     const float* fragments = reinterpret_cast<const float*>(stage + kStage) - kFactor + warp / kRowWarps * kFactor / 2;
     Share<uint16_t, kTransposed> code;
     Share<G, kTransposed> grad;
@@ -399,16 +417,18 @@ void prepare_with(const ProjectParams& p, const ProjectPlan& plan, void* stream)
 
 template <typename G, bool kTransposed, int kTiles>
 void multiply_with(const ProjectParams& p, const ProjectPlan& plan, int64_t pass, void* stream) {
-  constexpr bool kAdd = !std::is_same_v<G, NoGrad>;
+  using Shared = MultiplyShared<G, kTiles>;
+  static_assert(fits_every_device([](std::size_t limit) constexpr { return Shared::bytes(Shared::stages(limit)); }),
+                "shared memory of a device");
   const int64_t length = p.transposed ? p.rows : p.depth;
   const bool error_pieces = has_pieces<uint16_t>(p.error, p.error_stride, length);
   bool grad_pieces = false;
-  if constexpr (kAdd) grad_pieces = has_pieces<G>(p.grad, p.grad_stride, length);
-  const std::size_t bytes = 2 * kDepth * (kRows * (2 + (kAdd ? sizeof(G) : 0)) + kTiles * 8 * sizeof(float));
-  const auto kernel = multiply<G, kTransposed, kTiles>;
-  allow_dynamic_shared(kernel, bytes);
-  DF_LAUNCH(kernel, static_cast<unsigned>(plan.row_blocks * plan.splits), kThreads, bytes, stream, p, plan, pass,
-            error_pieces, grad_pieces);
+  if constexpr (Shared::kAdd) grad_pieces = has_pieces<G>(p.grad, p.grad_stride, length);
+  const int stages = Shared::stages(shared_limit(p.device.index));
+  const std::size_t bytes = Shared::bytes(stages);
+  allow_dynamic_shared(multiply<G, kTransposed, kTiles>, bytes);
+  DF_LAUNCH((multiply<G, kTransposed, kTiles>), static_cast<unsigned>(plan.row_blocks * plan.splits), kThreads, bytes,
+            stream, p, plan, pass, error_pieces, grad_pieces, stages == 1);
 }
 
 template <bool kTransposed>

@@ -145,6 +145,7 @@ void reconstruct_cuda(const ReconstructParams& p, void* stream) {
   const bool error_pieces = p.error && has_pieces<uint16_t>(p.error, p.error_stride, p.columns);
   const bool grad_pieces = has_pieces<float>(p.grad, p.grad_stride, p.columns);
   constexpr std::size_t kBytes = 2 * kFragments * sizeof(float) + kTile * kTile * sizeof(uint16_t);
+  static_assert(kBytes <= kLeastSharedLimit, "shared memory of a device");
   allow_dynamic_shared(reconstruct_all, kBytes);
   DF_LAUNCH(reconstruct_all, static_cast<unsigned>(blocks), kThreads, kBytes, stream, p, factor_pieces, error_pieces,
             grad_pieces);

@@ -119,6 +119,25 @@ __global__ void masked_sum(float* out, const float* in) {
   if (threadIdx.x == 0) out[0] = sum + in[60] + in[61] + in[62] + in[63];
 }
 
+// the sum by way of dynamic shared memory, of which nothing but 64 numbers are used, and kStatic more words
+template <int kStatic>
+__global__ void dynamic_sum(float* out, const float* in) {
+  DF_DYNAMIC_SHARED(float, tile);
+  DF_SHARED(float, part, kStatic);
+  tile[threadIdx.x] = in[threadIdx.x];
+  part[0] = 0.0f;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int i = 0; i < kThreads; ++i) part[0] += tile[i];
+  out[0] = part[0];
+}
+
+template <int kStatic>
+void run_with_shared(std::size_t bytes, bool allow, float* out, const float* in) {
+  if (allow) allow_dynamic_shared(dynamic_sum<kStatic>, bytes);
+  DF_LAUNCH(dynamic_sum<kStatic>, 1, kThreads, bytes, nullptr, out, in);
+}
+
 enum class ClusterBug { kNone, kNoBarrier, kLeaves, kHasLeft, kDivergent, kReturns };
 
 constexpr unsigned kCluster = 4, kShare = kThreads / kCluster;
@@ -197,6 +216,15 @@ void run(const std::string& name, bool planted, float* out, const float* in) {
     run_clusters<ClusterBug::kDivergent>(planted, out, in);
   } else if (name == "cluster_block_returns") {
     run_clusters<ClusterBug::kReturns>(planted, out, in);
+  } else if (name == "shared_fits") {
+    run_with_shared<1>(kLeastSharedLimit - 4, true, out, in);
+  } else if (name == "shared_exceeds") {
+    run_with_shared<1>(kLeastSharedLimit - (planted ? 0 : 4), true, out, in);
+  } else if (name == "static_exceeds") {
+    planted ? run_with_shared<9>(kLeastSharedLimit - 32, true, out, in)
+            : run_with_shared<8>(kLeastSharedLimit - 32, true, out, in);
+  } else if (name == "shared_not_allowed") {
+    run_with_shared<2>(planted ? 64 << 10 : 40 << 10, false, out, in);
   } else if (name == "edge_mask") {
     planted ? DF_LAUNCH(masked_sum<true>, 1, kThreads, 0, stream, out, in)
             : DF_LAUNCH(masked_sum<false>, 1, kThreads, 0, stream, out, in);

@@ -5,8 +5,10 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "device.h"
 #include "fiber.h"
 
 namespace simt {
@@ -91,10 +93,12 @@ struct Machine {
   Fiber* running = nullptr;
   const std::function<void()>* kernel = nullptr;
   const char* name = "";
+  const void* address = nullptr;
   uint64_t random = 0;
   uint64_t seed = 1;
   std::vector<Site> barriers;
   std::string removed_barrier;
+  std::vector<Launched> launches;
   std::string failure;  // of the fiber that ran last
   bool last_block_dropped = false;
   bool waits_forgotten = false;
@@ -326,6 +330,7 @@ std::string place_of(const Site& site) {
 void remove_barrier(const std::string& place) { machine().removed_barrier = place; }
 void forget_waits(bool forget) { machine().waits_forgotten = forget; }
 void drop_last_block(bool drop) { machine().last_block_dropped = drop; }
+std::vector<Launched> take_launches() { return std::exchange(machine().launches, {}); }
 std::vector<std::string> barriers() {
   std::vector<std::string> places;
   for (const Site& site : machine().barriers) places.push_back(place_of(site));
@@ -333,20 +338,23 @@ std::vector<std::string> barriers() {
 }
 void forget_barriers() { machine().barriers.clear(); }
 
-void launch(const dim3& grid, const dim3& block, unsigned cluster, std::size_t shared_bytes, const char* name,
-            const std::function<void()>& kernel) {
+void launch(const Launch& launch, const std::function<void()>& kernel) {
   Machine& m = machine();
+  const auto& [grid, block, cluster, shared_bytes, name, address] = launch;
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
-  if (!threads || threads > 1024 || !blocks || grid.y > 65535 || grid.z > 65535 || shared_bytes > (227u << 10) ||
-      !cluster || cluster > kMaxCluster || grid.x % cluster)
+  if (!threads || threads > 1024 || !blocks || grid.y > 65535 || grid.z > 65535 || !cluster || cluster > kMaxCluster ||
+      grid.x % cluster || (cluster > 1 && !has_clusters()))
     throw std::runtime_error(std::string("simt: launch of ") + name + ": bad configuration");
+  if (const std::string why = refusal(address, 0, shared_bytes); !why.empty())
+    throw std::runtime_error(std::string("simt: launch of ") + name + ": " + why);
   m.count = static_cast<unsigned>(threads);
   m.block_warps = (m.count + kWarp - 1) / kWarp;
   m.warps.assign(cluster * m.block_warps, {});
   while (m.fibers.size() < m.warps.size() * kWarp) m.fibers.emplace_back(new Fiber());
   m.kernel = &kernel;
   m.name = name;
+  m.address = address;
   m.random = m.seed;
   m.failure.clear();
   here.block_size = block;
@@ -376,6 +384,15 @@ void launch(const dim3& grid, const dim3& block, unsigned cluster, std::size_t s
     }
     run_cluster(m);
   }
+  std::size_t fixed_bytes = 0;
+  for (const Block& b : m.blocks) {
+    std::size_t its = 0;
+    for (const Shared& shared : b.shared) its += shared.memory.bytes;
+    fixed_bytes = its > fixed_bytes ? its : fixed_bytes;
+  }
+  constexpr std::size_t kMostKept = 4096;  // so that nobody has to ask
+  if (m.launches.size() == kMostKept) m.launches.clear();
+  m.launches.push_back({name, blocks, cluster, fixed_bytes, shared_bytes});
 }
 
 namespace {
@@ -448,8 +465,14 @@ void fail_here(const std::string& what, const Site& site) {
 
 void* static_shared(std::size_t bytes, const Site& site) {
   Block& block = machine().blocks[machine().running->block];
-  for (Shared& shared : block.shared)
+  std::size_t in_all = bytes;
+  for (Shared& shared : block.shared) {
     if (same(shared.site, site)) return shared.memory.at.get();
+    in_all += shared.memory.bytes;
+  }
+  // A device knows before the launch; here arrays are known once a thread has come to them.
+  if (const std::string why = refusal(machine().address, in_all, block.dynamic.bytes); !why.empty())
+    fail_here(why, site);
   block.shared.push_back({site, Memory(bytes)});
   return block.shared.back().memory.at.get();
 }

@@ -52,9 +52,24 @@ void drop_last_block(bool drop);
 std::vector<std::string> barriers();
 void forget_barriers();
 
-// Clusters are `cluster` blocks in a row along x.
-void launch(const dim3& grid, const dim3& block, unsigned cluster, std::size_t shared_bytes, const char* name,
-            const std::function<void()>& kernel);
+struct Launch {
+  dim3 grid, block;
+  unsigned cluster;  // blocks in a row along x
+  std::size_t shared_bytes;
+  const char* name;
+  const void* address;  // of the kernel
+};
+// Throws where the simulated device (device.h) would refuse it.
+void launch(const Launch& launch, const std::function<void()>& kernel);
+
+// What was launched since the last call.
+struct Launched {
+  std::string name;
+  uint64_t blocks;
+  unsigned cluster;
+  std::size_t fixed_bytes, dynamic_bytes;  // shared memory of a block
+};
+std::vector<Launched> take_launches();
 void sync_block(const Site& site);
 void cluster_barrier(const Site& site);
 // The whole warp meets; `together` then runs once, on what each lane brought (a pointer into its stack).

@@ -169,7 +169,7 @@ void forward_cuda(const Params& p, void* stream) {
     using T = decltype(element);
     constexpr int kDim = decltype(width)::value;
     constexpr int kRows = kQueryRows<T, kDim>, kStages = 4 * kTileRows<T, kDim> + (kHoldsQueries<T, kDim> ? 0 : kRows);
-    launch<T, kDim>(attend<T, kDim>, query_blocks(p, walk, kRows), kStages, stream, p, walk);
+    launch<T, kDim, kStages>(attend<T, kDim>, query_blocks(p, walk, kRows), stream, p, walk);
   });
 }
 

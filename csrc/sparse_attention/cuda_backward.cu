@@ -40,10 +40,10 @@ struct QueryWarp {
   }
 };
 
-// Terms of the block's queries, to device memory and to `terms`; `dout`: what load_rows has put there, each thread its
-// own elements.
+// Terms of the block's queries, to device memory and behind the rows of `q`; `dout`: what load_rows has put there, each
+// thread its own elements.
 template <int kDim, int kRows, typename T>
-__device__ __forceinline__ void take_terms(Terms* terms, const Params& p, const Walk& walk, const Place& at, int dim,
+__device__ __forceinline__ void take_terms(T* q, const Params& p, const Walk& walk, const Place& at, int dim,
                                            bool vectors, const T* dout) {
   constexpr int kPerRow = kDim / kChunk<T>;
   const int c = static_cast<int>(threadIdx.x) % kPerRow * kChunk<T>;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void take_terms(Terms* terms, const Params& p, const 
       mine.lse = p.lse[row] * kLog2e;
       static_cast<Terms*>(p.terms)[row] = mine;
     }
-    terms[r] = mine;
+    behind_row<Terms, kDim>(q, r) = mine;
   }
 }
 
@@ -84,7 +84,6 @@ __global__ void __launch_bounds__(kThreads, (sizeof(T) == 4 && kDim == 64 ? 3 : 
   constexpr int kRows = kQueryRows<T, kDim>, kKeys = kTileRows<T, kDim>;
   constexpr int kTile = kKeys * kTileStride<kDim, T>, kBlock = kRows * kTileStride<kDim, T>;
   DF_DYNAMIC_SHARED(T, shared);
-  DF_SHARED(Terms, terms, kRows);
   T* const q = shared;
   T* const dout = shared + kBlock;
   T* const stages = shared + 2 * kBlock;  // keys, values, keys, values
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, (sizeof(T) == 4 && kDim == 64 ? 3 : 
   copy_async_commit();
   load(0);
   copy_async_wait<1>();
-  take_terms<kDim, kRows>(terms, p, walk, at, dim, vectors, dout);
+  take_terms<kDim, kRows>(q, p, walk, at, dim, vectors, dout);
   __syncthreads();
   QueryWarp<T, kDim> warp;
   warp.factor = p.scale * kLog2e;
@@ -111,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, (sizeof(T) == 4 && kDim == 64 ? 3 : 
     warp.q[h].take(q, own + 16 * h);
     warp.dout[h].take(dout, own + 16 * h);
     DF_UNROLL
-    for (int j = 0; j < 2; ++j) warp.terms[h][j] = terms[own + 16 * h + lane / 4 + 8 * j];
+    for (int j = 0; j < 2; ++j) warp.terms[h][j] = behind_row<Terms, kDim>(q, own + 16 * h + lane / 4 + 8 * j);
   }
   for (int i = 0; i < tiles.count; ++i) {
     copy_async_wait<0>();
@@ -142,6 +141,10 @@ inline constexpr bool kHoldsKeys = kDim * sizeof(T) <= 128;
 template <typename T, int kDim>
 inline constexpr bool kHoldsValues = kDim * sizeof(T) <= 64;
 
+struct KeyBlock {
+  unsigned b, kv;
+  Rows rows;
+};
 // Blocks of keys in one row: the text's of all heads come first, as all queries see them and they take longest.
 struct KeyOrder {
   Divisor by_text, by_image, by_heads;
@@ -154,12 +157,11 @@ struct KeyOrder {
     by_image = Divisor(static_cast<uint32_t>(image > 0 ? image : 1));
     by_heads = Divisor(static_cast<uint32_t>(heads));
   }
-  __device__ __forceinline__ Place place(int block, int num_rows) const {
+  __device__ __forceinline__ KeyBlock place(int block, int num_rows) const {
     const bool is_image = block >= all_text;
     if (is_image) block -= all_text;
     const int row = is_image ? by_image.divide(block) : by_text.divide(block), b = by_heads.divide(row);
     return {static_cast<unsigned>(b),
-            0,
             static_cast<unsigned>(row - b * heads),
             {is_image, (block - row * (is_image ? image : text)) * num_rows}};
   }
@@ -170,10 +172,10 @@ struct alignas(16) TermsPair {
   Terms of[2];
 };
 
+// Tiles that the keys meet; behind every other row of q the terms of two
 template <typename T>
 struct QueryStage {
   const T *q, *dout;
-  const TermsPair* terms;
 };
 
 template <typename T, int kDim>
@@ -192,7 +194,8 @@ struct KeyWarp {
     multiply_transposed<kDim>(s, [&](uint32_t* a, int h, int c) { k[half + h].fragment(a, c); }, stage.q, column);
     DF_UNROLL
     for (int n = 0; n < kBlocks; ++n) {
-      const TermsPair pair = stage.terms[column / 2 + n * 4 + threadIdx.x % 4];
+      const int first = column + n * 8 + static_cast<int>(threadIdx.x) % 4 * 2;
+      const TermsPair pair = behind_row<TermsPair, kDim>(stage.q, first);
       DF_UNROLL
       for (int i = 0; i < kCount * 4; ++i) {
         const int h = i / 4, j = i % 4;
@@ -216,14 +219,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     gradient_of_keys(const Params p, const Walk walk, const bool vectors, const KeyOrder order) {
   constexpr int kRows = kKeyRows<T, kDim>, kQueries = kTileRows<T, kDim>;
   constexpr int kTile = kQueries * kTileStride<kDim, T>, kBlock = kRows * kTileStride<kDim, T>;
+  static_assert(kThreads <= 2 * kRows, "a row for each thread");
   DF_DYNAMIC_SHARED(T, shared);
-  DF_SHARED(TermsPair, terms, kQueries);
-  DF_SHARED(Place, places, kThreads);  // each thread's own, as sums need all registers
-  T* const k = shared;                 // each warp's rows of it later hold what it writes
+  T* const k = shared;  // each warp's rows of it later hold what it writes
   T* const v = shared + kBlock;
   T* const stages = shared + 2 * kBlock;  // queries, dout, queries, dout
   const int dim = static_cast<int>(p.head_dim);
-  Place& at = places[threadIdx.x];
+  // Each thread's own, behind a row of k or v, as sums need all registers.
+  KeyBlock& at = behind_row<KeyBlock, kDim>(shared, static_cast<int>(threadIdx.x));
   at = order.place(static_cast<int>(blockIdx.x), kRows);
   const int own = static_cast<int>(threadIdx.x) / 32 * 16 * kKeyHalves<T, kDim>;  // this warp's rows of the block
   const Tiles tiles = query_tiles(walk, at.rows, kRows, kQueries);
@@ -234,8 +237,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (threadIdx.x < kQueries) {
       const int i = threadIdx.x, position = walk.position(tile.image, tile.begin + i);
       const int64_t row = query_row(p, at.b, h, position < 0 ? 0 : position);
-      DF_COPY_ASYNC_8(&terms[(stage * kQueries + i) / 2].of[i % 2], static_cast<const Terms*>(p.terms) + row,
-                      position >= 0);
+      TermsPair& pair = behind_row<TermsPair, kDim>(q, i - i % 2);
+      DF_COPY_ASYNC_8(&pair.of[i % 2], static_cast<const Terms*>(p.terms) + row, position >= 0);
     }
     copy_async_commit();
   };
@@ -259,8 +262,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const bool more = t + 1 < tiles.count;
       if (more || h + 1 < end) load(stage ^ 1, more ? h : h + 1, more ? t + 1 : 0);
       const T* const q = stages + stage * 2 * kTile;
-      meet<kQueries>(warp, QueryStage<T>{q, q + kTile, terms + stage * kQueries / 2},
-                     Sight<false>{walk, at.rows.image, tiles[t].image}, at.rows.begin + own, tiles[t]);
+      meet<kQueries>(warp, QueryStage<T>{q, q + kTile}, Sight<false>{walk, at.rows.image, tiles[t].image},
+                     at.rows.begin + own, tiles[t]);
     }
   const float scale[2] = {p.scale, p.scale}, one[2] = {1.0f, 1.0f};
   DF_UNROLL
@@ -284,9 +287,9 @@ void backward_cuda(const Params& p, void* stream) {
     constexpr int kDim = decltype(width)::value, kStages = 4 * kTileRows<T, kDim>;
     constexpr int kRows = kQueryRows<T, kDim>, kKeys = kKeyRows<T, kDim>;
     const auto key_blocks = static_cast<unsigned>(p.batch * p.num_kv_heads * walk.blocks(kKeys));
-    launch<T, kDim>(gradient_of_queries<T, kDim>, query_blocks(p, walk, kRows), 2 * kRows + kStages, stream, p, walk);
-    launch<T, kDim>(gradient_of_keys<T, kDim>, key_blocks, 2 * kKeys + kStages, stream, p, walk,
-                    KeyOrder(p, walk, kKeys));
+    launch<T, kDim, 2 * kRows + kStages>(gradient_of_queries<T, kDim>, query_blocks(p, walk, kRows), stream, p, walk);
+    launch<T, kDim, 2 * kKeys + kStages>(gradient_of_keys<T, kDim>, key_blocks, stream, p, walk,
+                                         KeyOrder(p, walk, kKeys));
   });
 }
 

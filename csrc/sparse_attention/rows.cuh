@@ -41,6 +41,14 @@ struct KeyStage {
   const T *k, *v;
 };
 
+// The 16 bytes between the elements of a row of a tile and the next one, for what belongs to the row
+template <typename U, int kDim, typename T>
+__device__ __forceinline__ auto& behind_row(T* tile, int row) {
+  using Place = std::conditional_t<std::is_const_v<T>, const U, U>;
+  static_assert(sizeof(U) <= 16, "room of a row");
+  return *reinterpret_cast<Place*>(tile + row * kTileStride<kDim, std::remove_const_t<T>> + kDim);
+}
+
 // ln of a query's softmax denominator, times log2(e), and out . dout: what the backward pass knows of it
 struct alignas(8) Terms {
   float lse, delta;
@@ -270,13 +278,13 @@ bool has_vectors(const Params& p) {
   return p.head_dim % kChunk<T> == 0;
 }
 
-// `tile_rows`: what shared memory holds
-template <typename T, int kDim, typename Kernel, typename... More>
-void launch(Kernel kernel, const dim3& blocks, int tile_rows, void* stream, const Params& p, const Walk& walk,
-            const More&... more) {
-  const std::size_t bytes = sizeof(T) * kTileStride<kDim, T> * static_cast<std::size_t>(tile_rows);
-  allow_dynamic_shared(kernel, bytes);
-  DF_LAUNCH(kernel, blocks, kThreads, bytes, stream, p, walk, has_vectors<T>(p), more...);
+// kTiles: rows that shared memory holds
+template <typename T, int kDim, int kTiles, typename Kernel, typename... More>
+void launch(Kernel kernel, const dim3& blocks, void* stream, const Params& p, const Walk& walk, const More&... more) {
+  constexpr std::size_t kBytes = sizeof(T) * kTileStride<kDim, T> * kTiles;
+  static_assert(kBytes <= kLeastSharedLimit, "shared memory of a device");
+  allow_dynamic_shared(kernel, kBytes);
+  DF_LAUNCH(kernel, blocks, kThreads, kBytes, stream, p, walk, has_vectors<T>(p), more...);
 }
 
 inline dim3 query_blocks(const Params& p, const Walk& walk, int rows) {

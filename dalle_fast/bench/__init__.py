@@ -6,16 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from .check import check, records
+from .levels import measure_levels, wrong_levels
 from .optimizers import adamw_row, optimizer_rows
 from .overhead import measure_overheads
 from .page import page
+from .peak_rates import PEAKS, Peaks, peaks
 from .relaxation import relaxation_row, relaxation_rows
-from .report import BenchError, compare, load, machine, markdown, save, summary
+from .report import BenchError, compare, load, machine, markdown, save, side_by_side, summary
 from .rows import Row, room_rows
 from .scaling import measure_curves
 from .steps import step_rows
 from .table import failures, line, measure, run, show
-from .timing import Timer, Timing, roofs
+from .timing import Timer, Timing
 from .vocabularies import vocabulary_row, vocabulary_rows
 
 
@@ -32,7 +34,9 @@ def all_rows(clone: str = "") -> Iterator[tuple[str, Callable[[], Row]]]:
 
 
 __all__ = [
+    "PEAKS",
     "BenchError",
+    "Peaks",
     "Row",
     "Timer",
     "Timing",
@@ -47,19 +51,22 @@ __all__ = [
     "markdown",
     "measure",
     "measure_curves",
+    "measure_levels",
     "measure_overheads",
     "optimizer_rows",
     "page",
+    "peaks",
     "records",
     "relaxation_row",
     "relaxation_rows",
-    "roofs",
     "room_rows",
     "run",
     "save",
     "show",
+    "side_by_side",
     "step_rows",
     "summary",
     "vocabulary_row",
     "vocabulary_rows",
+    "wrong_levels",
 ]

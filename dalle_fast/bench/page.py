@@ -19,10 +19,11 @@ def page(report: dict) -> str:
     """The page of a result."""
     facts = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in report["machine"].items())
     table = report["table"]
-    roofs = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in table["roofs"].items())
+    peaks = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in table["peaks"].items())
+    peaks += f" ({table['peaks_source']})" if "peaks_source" in table else ""
     legend = (
         "Medians; all of a row in one run, interleaved, each checked against float64. The floor is the larger of bytes "
-        f"and products at what this machine does at best: {roofs}. A ratio above 1: we are faster. Cold: with emptied "
+        f"and products at what this machine does at best: {peaks}. A ratio above 1: we are faster. Cold: with emptied "
         "caches, where that differs. Memory: the most that a call holds beyond its arguments."
     )
     body = "".join(_bars(row) for row in table["rows"])
@@ -43,11 +44,16 @@ def page(report: dict) -> str:
     )
 
 
+def why_not_timed(row: dict) -> str:
+    """Of a row without times: what failed, or why it was not run."""
+    return f"failed: {row['failed']}" if "failed" in row else row["skipped"]
+
+
 def _bars(row: dict) -> str:
     """The floor, ours and each peer of a row on one scale."""
     title = escape(row["name"])
     if "median_ms" not in row:
-        return f'<tr class="row"><td colspan="5" class="bad">{title}: {escape(row["failed"])}</td></tr>'
+        return f'<tr class="row"><td colspan="5" class="bad">{title}: {escape(why_not_timed(row))}</td></tr>'
     wrong = "" if row["error"] <= row["bound"] else ' <span class="bad">wrong</span>'
     note = f"error {row['error']:.1e} (bound {row['bound']:.1e}), {row['bytes'] / 1e6:.1f} MB"
     if row["flops"]:

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ import torch
 from ..errors import UserError
 from ..files import parse_json, read_bytes
 from .form import wrong_in
-from .page import page
+from .page import page, why_not_timed
+
+# What makes a newer processor behave like an older one for us, PyTorch, oneDNN and MKL (CONTRIBUTING.md).
+_LIMITS = ("DALLE_FAST_CPU", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 class BenchError(UserError):
@@ -29,7 +33,7 @@ def machine() -> dict[str, Any]:
 
     level = _backend._C.cpu_level() if _backend._C else None
     return {
-        "device": _cpu_name(),
+        "device": cpu_name(),
         "cpu_level": {0: "portable", 3: "AVX2", 4: "AVX-512", 5: "AVX-512 with BF16", 6: "AMX"}.get(level),
         "torch": torch.__version__,
         "torch_cpu": torch.backends.cpu.get_cpu_capability(),
@@ -38,10 +42,12 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "commit": _commit(),
+        **({"limited_by": limits} if (limits := {k: os.environ[k] for k in _LIMITS if os.environ.get(k)}) else {}),
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system calls the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -60,10 +66,16 @@ def _commit() -> str:
 
 
 def save(table: dict, folder: Path, facts: dict[str, Any], **more: Any) -> Path:
-    """Writes `<date>-<machine>-<commit>.json`, with `more` in it, and the page beside it; returns the JSON's path."""
+    """Writes `<date>-<machine>-<commit>.json`, with `more` in it, and the page beside it; returns the JSON's path.
+
+    The name of a processor that was limited to an older one's instructions ends in their name.
+    """
     now = datetime.datetime.now().astimezone()
     report = {"date": now.isoformat(timespec="seconds"), "machine": facts, **more, "table": table}
-    name = "".join(c if c.isalnum() else "-" for c in facts["device"].replace("NVIDIA ", "").lower()).strip("-")
+    words = facts["device"].replace("NVIDIA ", "").replace("(R)", "")
+    if "limited_by" in facts:
+        words += f" {facts['cpu_level']}"
+    name = "-".join(re.findall("[a-z0-9]+", words.lower()))
     path = folder / f"{now:%Y-%m-%d}-{name}-{facts['commit'][:10]}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
@@ -85,6 +97,8 @@ def load(path: str | Path) -> dict:
         raise BenchError(f"{path}: not a benchmark result (not JSON: {error})") from None
     if wrong := wrong_in(report):
         raise BenchError(f"{path}: not a benchmark result ({wrong})")
+    if "roofs" in report["table"]:  # as results before December 2026 call them
+        report["table"]["peaks"] = report["table"].pop("roofs")
     return report
 
 
@@ -122,7 +136,7 @@ def markdown(report: dict) -> str:
     ]
     for row in report["table"]["rows"]:
         if "median_ms" not in row:
-            lines.append(f"| {row['name']} | failed: {row['failed']} | | | | | | | | |")
+            lines.append(f"| {row['name']} | {why_not_timed(row)} | | | | | | | | |")
             continue
         start = f"| {row['name']} | {row['median_ms']:.3f} | {_cold(row)} | {row['share']:.0%} | {_memory(row)} |"
         peers = [(name, peer) for name, peer in row["peers"].items() if isinstance(peer, dict)]
@@ -151,26 +165,66 @@ def _memory(figures: dict) -> str:
 _OPS = {"text": "loss of two vocabularies", "DALLE": "DALLE training step", "dVAE": "dVAE training step"}
 
 
-def summary(report: dict) -> str:
-    """One line an op for a README: what the fastest peer of each row takes as a multiple of ours, from row to row."""
-    found: dict[str, dict[str, list]] = {}
-    for row in report["table"]["rows"]:
-        peers = {name: peer["ratio"] for name, peer in row["peers"].items() if isinstance(peer, dict)}
-        if not peers or "median_ms" not in row:
-            continue
-        word = row["name"].split()[0]
-        op = found.setdefault(_OPS.get(word, f"`{word}`"), {"forward": [], "whole": [], "share": [], "peers": []})
-        fastest = min(peers, key=peers.get)
-        op["forward" if row["name"].endswith(" forward") else "whole"].append(peers[fastest])
-        op["share"].append(row["share"])
-        op["peers"].append(fastest)
-    lines = ["| op | forward | with backward, or whole | of the floor | fastest peers |", "|---|---|---|---|---|"]
+def summary(reports: list[dict]) -> str:
+    """One line an op for a README, the columns of each result side by side.
+
+    A range is over all sizes and dtypes of an op, of what the fastest peer of a row takes as a multiple of ours.
+    """
+    titles = [title(report) for report in reports]
+    found: dict[str, list[dict[str, list]]] = {}
+    for i, report in enumerate(reports):
+        for row in report["table"]["rows"]:
+            fastest = _fastest_peer(row)
+            if fastest is None:
+                continue
+            word = row["name"].split()[0]
+            op = found.setdefault(
+                _OPS.get(word, f"`{word}`"), [{"forward": [], "whole": [], "share": []} for _ in titles]
+            )
+            op[i]["forward" if row["name"].endswith(" forward") else "whole"].append(row["peers"][fastest]["ratio"])
+            op[i]["share"].append(row["share"])
+    heads = [
+        f"{name}{', ' + t if len(titles) > 1 else ''}" for t in titles for name in ("forward", "whole", "of the floor")
+    ]
+    lines = [f"| op | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for op, of in found.items():
-        forward, whole, share = (
-            _range(of[key], form) for key, form in (("forward", ".1f"), ("whole", ".1f"), ("share", ".0%"))
-        )
-        lines.append(f"| {op} | {forward} | {whole} | {share} | {', '.join(dict.fromkeys(of['peers']))} |")
+        cells = [
+            _range(one[key], form)
+            for one in of
+            for key, form in (("forward", ".1f"), ("whole", ".1f"), ("share", ".0%"))
+        ]
+        lines.append(f"| {op} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def side_by_side(reports: list[dict]) -> str:
+    """Every row of several results: time, share of the floor, and the ratio of the fastest peer with its name."""
+    heads = " | ".join(f"{title(report)}: ms | of the floor | fastest peer" for report in reports)
+    lines = [f"| row | {heads} |", "|---" * (1 + 3 * len(reports)) + "|"]
+    tables = [{row["name"]: row for row in report["table"]["rows"]} for report in reports]
+    for name in dict.fromkeys(name for table in tables for name in table):
+        cells = []
+        for table in tables:
+            row = table.get(name, {})
+            if "median_ms" not in row:
+                cells += ["", "", ""]
+                continue
+            fastest = _fastest_peer(row)
+            peer = "" if fastest is None else f"{row['peers'][fastest]['ratio']:.2f} {fastest}"
+            cells += [f"{row['median_ms']:.3f}", f"{row['share']:.0%}", peer]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def title(report: dict) -> str:
+    """What a column of a result is called: the processor's instructions, and whether it was limited to them."""
+    machine = report["machine"]
+    return f"{machine['cpu_level']}{' (limited)' if 'limited_by' in machine else ''}"
+
+
+def _fastest_peer(row: dict) -> str | None:
+    peers = {name: peer["ratio"] for name, peer in row["peers"].items() if isinstance(peer, dict)}
+    return min(peers, key=peers.get) if peers and "median_ms" in row else None
 
 
 def _range(values: list[float], form: str) -> str:

@@ -14,7 +14,6 @@ import torch
 WARMUP, ROUNDS, COLD_ROUNDS = 5, 20, 5
 FLUSH_BYTES = 256 << 20  # several times the second-level cache of a GPU
 COLD_SECONDS = 0.02  # longer calls do not feel what the caches hold
-ROOFS = ("copy_bytes_per_second", "float32_flop_per_second", "bfloat16_flop_per_second")
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,8 @@ class Timer:
 
     Args:
         device: "cuda" or "cpu".
-        budget: seconds that one function may take in all; slow ones get fewer rounds.
+        budget: seconds that one function may take in all; slow ones get fewer rounds, and one whose first call takes
+            longer is not called again.
     """
 
     def __init__(self, device: str, budget: float = 5.0) -> None:
@@ -91,6 +91,9 @@ class Timer:
         first = {name: self.once(function) for name, function in functions.items()}
         rounds = {name: max(3, min(ROUNDS, int(self.budget / max(t, 1e-9)))) for name, t in first.items()}
         times: dict[str, list[float]] = {name: [] for name in functions}
+        for name, seconds in first.items():
+            if seconds > self.budget:
+                rounds[name], times[name] = 0, [seconds]
         for i in range(max(rounds.values())):
             for name, function in functions.items():
                 if i < rounds[name]:
@@ -119,22 +122,3 @@ def _recorded(function: Callable[[], object]) -> Callable[[], None]:
     graph.replay()
     torch.cuda.synchronize()
     return graph.replay
-
-
-def roofs(timer: Timer) -> dict[str, float]:
-    """What this machine does at best, on random data: bytes copied a second (read plus written), FLOP/s of products.
-
-    On a CPU the float32 rate is that of PyTorch's library, which a hand-written kernel may pass.
-    """
-    small = timer.device != "cuda"
-    count, side = (1 << 26, 2048) if small else (1 << 29, 8192)
-
-    def copy() -> float:
-        x, y = (torch.randn(count, device=timer.device) for _ in range(2))
-        return 2 * 4 * count / timer.compare({"copy": lambda: y.copy_(x)})["copy"].best
-
-    def product(dtype: torch.dtype) -> float:
-        a, b = (torch.randn(side, side, device=timer.device, dtype=dtype) for _ in range(2))
-        return 2 * side**3 / timer.compare({"product": lambda: a @ b})["product"].best
-
-    return dict(zip(ROOFS, (copy(), product(torch.float32), product(torch.bfloat16)), strict=True))

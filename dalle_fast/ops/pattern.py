@@ -8,7 +8,10 @@ from functools import lru_cache
 
 import torch
 
+from ._checks import shown
+
 KINDS = ("row", "column", "conv", "dense")
+_MOST = 2**31 - 1  # positions, and everything that is counted in them
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,15 @@ class AttentionPattern:
     """Whether the conv window crosses row ends."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {shown(self.kind)}")
         _check_int("text_len", self.text_len, 0)
         if not isinstance(self.grid, (tuple, list)) or len(self.grid) != 2:
-            raise TypeError(f"grid: expected (height, width), got {self.grid!r}")
+            raise TypeError(f"grid: expected (height, width), got {shown(self.grid)}")
         for side in self.grid:
             _check_int("grid", side, 1)
+        if self.length > _MOST:
+            raise ValueError(f"grid: expected at most 2^31 - 1 positions with the text, got {self.length}")
         object.__setattr__(self, "grid", tuple(self.grid))
         if self.extent is not None:
             _check_int("extent", self.extent, 1)
@@ -65,7 +70,7 @@ class AttentionPattern:
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel: expected an odd size, got {self.kernel}")
         if not isinstance(self.wraparound, bool):
-            raise TypeError(f"wraparound: expected a bool, got {self.wraparound!r}")
+            raise TypeError(f"wraparound: expected a bool, got {shown(self.wraparound)}")
 
     @property
     def length(self) -> int:
@@ -84,19 +89,28 @@ class AttentionPattern:
 
     def integers(self) -> tuple[int, ...]:
         """What kernels read: kind, text_len, height, width, extent, kernel, wraparound."""
-        extent = self.extent if self.extent is not None else 1
-        return KINDS.index(self.kind), self.text_len, *self.grid, extent, self.kernel, int(self.wraparound)
+        height, width = self.grid
+        extent = 1 if self.extent is None else min(self.extent, height * width)
+        return KINDS.index(self.kind), self.text_len, height, width, extent, self._kernel(), int(self.wraparound)
+
+    def _kernel(self) -> int:
+        """A kernel that reaches no further than over the whole image, and sees the same."""
+        return min(self.kernel, 2 * self.grid[0] * self.grid[1] + 1)
 
     def mask(self, length: int | None = None) -> torch.Tensor:
         """Bool [L, L], True where query (row) may attend to key (column); `length` takes the first L tokens.
 
         Raises:
+            TypeError: `length` is no int.
             ValueError: `length` is not in [0, self.length].
         """
         length = self.length if length is None else length
+        _check_int("length", length, 0)
         if not 0 <= length <= self.length:
             raise ValueError(f"length: expected 0 to {self.length}, got {length}")
-        return _mask(self)[:length, :length].clone()
+        # what a mode makes is not what others may find in the cache
+        plain = not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+        return (_kept_mask if plain else _mask)(self)[:length, :length].clone()
 
     def num_pairs(self, length: int | None = None) -> int:
         """Query-key pairs that attend."""
@@ -105,16 +119,15 @@ class AttentionPattern:
 
 def _check_int(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+        raise TypeError(f"{name}: expected an int, got {shown(value)}")
+    if not least <= value <= _MOST:
+        raise ValueError(f"{name}: expected at least {least}, at most 2^31 - 1, got {shown(value)}")
 
 
-@lru_cache(maxsize=32)
 def _mask(pattern: AttentionPattern) -> torch.Tensor:
     height, width = pattern.grid
     text_len, length = pattern.text_len, pattern.length
-    index = torch.arange(height * width)
+    index = torch.arange(height * width, device="cpu")
     offset = index[:, None] - index[None, :]  # q - k
     past = offset >= 0
     if pattern.kind == "row":
@@ -124,8 +137,9 @@ def _mask(pattern: AttentionPattern) -> torch.Tensor:
     elif pattern.kind == "dense":
         image = past
     else:
-        half = pattern.kernel // 2
-        dy, dx = torch.meshgrid(torch.arange(-half, 1), torch.arange(-half, half + 1), indexing="ij")
+        half = pattern._kernel() // 2
+        dy, dx = (torch.arange(-half, end, device="cpu") for end in (1, half + 1))
+        dy, dx = torch.meshgrid(dy, dx, indexing="ij")
         if pattern.wraparound:
             offsets = -(width * dy + dx)
             image = past & torch.isin(offset, offsets)
@@ -133,8 +147,11 @@ def _mask(pattern: AttentionPattern) -> torch.Tensor:
             rows = index[:, None] // width - index[None, :] // width  # of q above k
             columns = index[None, :] % width - index[:, None] % width
             image = past & (rows <= half) & (columns.abs() <= half)
-    mask = torch.zeros(length, length, dtype=torch.bool)
-    mask[:text_len, :text_len] = torch.ones(text_len, text_len).tril().bool()
+    mask = torch.zeros(length, length, dtype=torch.bool, device="cpu")
+    mask[:text_len, :text_len] = torch.ones(text_len, text_len, device="cpu").tril().bool()
     mask[text_len:, :text_len] = True
     mask[text_len:, text_len:] = image
     return mask
+
+
+_kept_mask = lru_cache(maxsize=32)(_mask)

@@ -95,7 +95,8 @@ def file_stem(text: str, limit: int = 60) -> str:
 
 
 def save_result(result: SampleResult, folder: Path | str) -> dict[str, Path]:
-    """Writes each picture, a contact sheet and a JSON record (caption, options, rank, score, seed, tokens, file).
+    """Writes each picture, a contact sheet and a JSON record (caption, options, rank, score, seed, tokens, file, and
+    the system where it is one of the package).
 
     Returns:
         {"sheet": ..., "json": ...} paths.
@@ -123,8 +124,11 @@ def save_result(result: SampleResult, folder: Path | str) -> dict[str, Path]:
             )
         marks = [] if result.scores is None else [[f"{score:.3f}" for score in result.scores.tolist()]]
         sheet_path, json_path = folder / f"{stem}.png", folder / f"{stem}.json"
-        contact_sheet([list(result.images)], [result.caption], marks=marks).save(sheet_path)
+        headers = [result.system] if result.system else []
+        contact_sheet([list(result.images)], [result.caption], headers=headers, marks=marks).save(sheet_path)
         record = {"caption": result.caption, "options": asdict(result.options), "samples": records}
+        if result.system:
+            record["system"] = result.system
         json_path.write_text(json.dumps(record, indent=1, ensure_ascii=False))
     except OSError as error:
         raise UserError(f"{folder}: the pictures could not be written ({error.strerror or error})") from error

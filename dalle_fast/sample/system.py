@@ -14,6 +14,7 @@ from ..data import Tokenizer
 from ..errors import CheckpointError, UserError
 from ..models import CLIP, DALLE, DVAE
 from ..models.store import load_model
+from . import pretrained
 from .generate import SampleOptions, generate_tokens
 from .pictures import to_uint8
 
@@ -32,6 +33,8 @@ class SampleResult:
     tokens: torch.Tensor
     """[N, height * width] int64."""
     options: SampleOptions
+    system: str = ""
+    """ "pretrained emoji" where a system of the package drew them; empty for one's own."""
 
 
 def rerank(clip: CLIP, images: torch.Tensor, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,23 +62,37 @@ class System:
                 f"the tokenizer has {tokenizer.vocab_size} ids, the transformer {dalle.config.text_vocab_size}"
             )
         self.dvae, self.dalle, self.clip, self.tokenizer = dvae.eval(), dalle.eval(), clip, tokenizer
+        self.name = ""
+        """ "pretrained emoji" for a system of the package; its pictures carry it."""
 
     @classmethod
     def load(cls, run_dir: Path | str, *, device: str | torch.device = "cpu") -> System:
         """Loads `run_dir/{dvae,dalle,clip}`; a missing `clip` means no ranking.
 
+        Args:
+            run_dir: folder, or the name of a system that comes with the package: "emoji". A folder of that name in
+                the current directory comes first.
+            device: where to.
+
         Raises:
             CheckpointError: a stage is missing or damaged.
         """
-        run_dir = Path(run_dir)
-        if not run_dir.is_dir():
-            raise CheckpointError(f"{run_dir}: no such run folder")
-        dvae = load_model(run_dir / "dvae", expect="dvae").to(device)
-        dalle = load_model(run_dir / "dalle", expect="dalle").to(device)
+        folder = Path(run_dir)
+        if not folder.is_dir():
+            shipped = pretrained.find(str(run_dir))
+            if shipped is None:
+                known = ", ".join(pretrained.names()) or "none"
+                raise CheckpointError(f"{run_dir}: no such run folder, nor a pretrained system (there is: {known})")
+            folder = shipped
+        dvae = load_model(folder / "dvae", expect="dvae").to(device)
+        dalle = load_model(folder / "dalle", expect="dalle").to(device)
         if getattr(dalle, "tokenizer", None) is None:
-            raise CheckpointError(f"{run_dir / 'dalle'}: its checkpoint has no tokenizer.json")
-        clip = load_model(run_dir / "clip", expect="clip").to(device) if (run_dir / "clip").is_dir() else None
-        return cls(dvae, dalle, clip, dalle.tokenizer)
+            raise CheckpointError(f"{folder / 'dalle'}: its checkpoint has no tokenizer.json")
+        clip = load_model(folder / "clip", expect="clip").to(device) if (folder / "clip").is_dir() else None
+        system = cls(dvae, dalle, clip, dalle.tokenizer)
+        if pretrained.is_pretrained(folder):
+            system.name = f"pretrained {folder.name}"
+        return system
 
     @property
     def device(self) -> torch.device:
@@ -142,4 +159,5 @@ class System:
             order, scores = rerank(self.clip, images, caption)
             order, scores = order.cpu(), scores.cpu()
         picked = order.to(tokens.device)
-        return SampleResult(caption, to_uint8(images[picked]), scores, order, tokens[picked].cpu(), options)
+        found = tokens[picked].cpu()
+        return SampleResult(caption, to_uint8(images[picked]), scores, order, found, options, self.name)

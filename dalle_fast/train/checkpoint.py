@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import CheckpointError, UserError, shown
 from ..models import store
-from ..optim import AdamW16
+from ..optim import AdamW16, Dion
 from ..parallel import pieces
 from ..parallel.world import World
 
@@ -297,7 +297,14 @@ def _check_moments(
             raise CheckpointError(f"{path}: {shown(key)} belongs to no parameter")
         names.setdefault(int(index), set()).add(name)
         parameter = parameters[int(index)]
-        if shape not in ((), parameter.shape) or (name != "step" and name in expected and shape != parameter.shape):
+        columns = parameter[0].numel() if parameter.dim() > 1 else 0
+        if isinstance(optimizer, Dion) and name == "basis":  # [columns, rank] of a matrix
+            fits = len(shape) == 2 and shape[0] == columns and 0 < shape[1] <= min(columns, len(parameter))
+        else:
+            fits = shape in ((), parameter.shape) and not (
+                name != "step" and name in expected and shape != parameter.shape
+            )
+        if not fits:
             raise CheckpointError(f"{path}: {key}: expected {list(parameter.shape)}, got {list(shape)}")
         wanted = expected.get(name, dtype)
         if dtype != wanted and not (wanted is None and dtype.is_floating_point):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import types
 import typing
@@ -35,13 +36,24 @@ class DataConfig:
     """Which pictures and captions."""
 
     source: str = "emoji"
-    """"emoji", "shapes", a folder of pictures with .txt captions, or a WebDataset .tar (a glob for several)."""
+    """"emoji", "emoji-styles", "shapes", a folder of pictures with .txt captions, or a WebDataset .tar (a glob for
+    several)."""
     split: str = "train"
     """"train", or "all" to train on the held-out combinations too."""
     augment: str = "none"
     """"none", "jitter" (small shifts), or the paper's crops: "stage1" (dVAE, flips too), "stage2" (transformer)."""
+    emphasis: str = ""
+    """Regular expression: training pairs whose caption it is found in come `emphasis_repeats` times an epoch."""
+    emphasis_repeats: int = 3
+    """How often; the others come once."""
 
     def __post_init__(self) -> None:
+        try:
+            re.compile(self.emphasis)
+        except re.error as error:
+            raise ConfigError(f"emphasis: expected a regular expression, got {self.emphasis!r} ({error})") from None
+        if self.emphasis_repeats < 1:
+            raise ConfigError(f"emphasis_repeats: expected at least 1, got {self.emphasis_repeats}")
         if self.augment not in AUGMENTATIONS:
             raise ConfigError(f"augment: expected one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}")
         if self.split not in ("train", "all"):

@@ -20,7 +20,7 @@ from ..models import DALLE, DVAE, DALLEConfig
 from ..models.store import find_latest, load_model, read_json
 from ..nn import Noise
 from ..ops import philox
-from ..optim import AdamW16, ResblockGradScaler
+from ..optim import AdamW16, Dion, ResblockGradScaler
 from ..optim.schedules import PlateauHalving, cosine, warmup_linear
 from ..parallel.world import World
 from ..sample import SampleOptions, contact_sheet, generate_tokens, to_uint8
@@ -47,7 +47,12 @@ class DALLETrainConfig:
     schedule: str = "plateau"
     """After the warm-up: "plateau" halves at training-loss plateaus, five times in all; "cosine" falls to a tenth."""
     optimizer: str = "adamw16"
-    """"adamw16" (16-bit moments) or "adamw"."""
+    """"adamw16" (16-bit moments), "adamw", or "dion": orthonormalised momentum for the matrices of the resblocks, for
+    small models (`optim.Dion`), and AdamW16 for the rest."""
+    dion_rank: int = 64
+    """Directions of an update by Dion."""
+    dion_lr_scale: float = 2.0
+    """Step size of what Dion updates, in those of AdamW16."""
     betas: tuple[float, float] = (0.9, 0.96)
     """AdamW's moments."""
     weight_decay: float = 4.5e-2
@@ -65,8 +70,14 @@ class DALLETrainConfig:
         require_betas(self.betas)
         if self.schedule not in ("plateau", "cosine"):
             raise ConfigError(f"schedule: expected plateau or cosine, got {self.schedule!r}")
-        if self.optimizer not in ("adamw16", "adamw"):
-            raise ConfigError(f"optimizer: expected adamw16 or adamw, got {self.optimizer!r}")
+        if self.optimizer not in ("adamw16", "adamw", "dion"):
+            raise ConfigError(f"optimizer: expected adamw16, adamw or dion, got {self.optimizer!r}")
+        if self.optimizer == "dion" and self.loop.shard > 1:
+            raise ConfigError(f"optimizer: dion needs whole matrices; expected loop.shard 1, got {self.loop.shard}")
+        if self.dion_rank < 1:
+            raise ConfigError(f"dion_rank: expected at least 1, got {self.dion_rank}")
+        if self.dion_lr_scale < 0:
+            raise ConfigError(f"dion_lr_scale: expected 0 or more, got {self.dion_lr_scale}")
 
 
 class DALLERecipe(Recipe):
@@ -108,6 +119,12 @@ class DALLERecipe(Recipe):
         others = [p for p in self.model.parameters() if id(p) not in chosen]
         config = self.config
         groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+        if config.optimizer == "dion":
+            inner = {id(p) for p in self.model.blocks.parameters()}
+            matrices = [p for p in weights if id(p) in inner]
+            groups[0]["params"] = [p for p in weights if id(p) not in inner]
+            groups.append({"params": matrices, "rank": config.dion_rank, "lr_scale": config.dion_lr_scale})
+            return Dion(groups, config.learning_rate, rank=0, betas=config.betas, weight_decay=config.weight_decay)
         if config.optimizer == "adamw16":
             return AdamW16(groups, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         return torch.optim.AdamW(

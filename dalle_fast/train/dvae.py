@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..data import load_batch
+from ..data import load_batch, sample_indices
 from ..errors import ConfigError, require_ints, require_numbers
 from ..models import DVAE, DVAEConfig
 from ..optim.schedules import cosine
 from ..parallel.world import World
 from ..sample import contact_sheet, to_uint8
+from .codes import CodeTeacher
 from .config import LARGEST, DataConfig, LoopConfig, require_betas
 from .recipe import Recipe
+
+_PICTURES_FOR_CODES = 512
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,29 @@ class DVAETrainConfig:
     beta_steps: int = 5_000
     """Updates of the KL weight's cosine."""
     final_tau: float = 1 / 16
-    """Temperature after tau_steps, from 1 along a cosine."""
+    """Temperature after tau_steps, from initial_tau along a cosine."""
+    initial_tau: float = 1.0
+    """Temperature of the first update."""
     tau_steps: int = 150_000
     """Updates of the temperature's cosine."""
     weight_decay: float = 1e-4
     """AdamW's decay."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moments."""
+    teacher_weight: float = 0.0
+    """Weight of a cross-entropy that teaches the encoder codes found by k-means on pixels (`train.codes`), all in use
+    from the start; 0 as in the paper. For runs too short to find codes of their own."""
 
     def __post_init__(self) -> None:
         self.loop.refuse_transformer_options("dvae")
         if not 0 < self.final_tau <= 1:
             raise ConfigError(f"final_tau: expected a number in (0, 1], got {self.final_tau}")
-        rates = ("learning_rate", "beta", "weight_decay", "final_learning_rate")
-        require_numbers(self, **dict.fromkeys(rates, (0, math.inf)))
+        rates = ("learning_rate", "beta", "weight_decay", "final_learning_rate", "teacher_weight")
+        require_numbers(self, **dict.fromkeys(rates, (0, math.inf)), initial_tau=(0, math.inf))
         require_ints(self, **dict.fromkeys(("learning_rate_steps", "beta_steps", "tau_steps"), LARGEST))
         require_betas(self.betas)
+        if self.initial_tau < self.final_tau:
+            raise ConfigError(f"initial_tau: expected at least final_tau {self.final_tau}, got {self.initial_tau}")
 
 
 class DVAERecipe(Recipe):
@@ -66,6 +76,18 @@ class DVAERecipe(Recipe):
         self.image_size = config.model.image_size
         self.dataset = self.open_data()
         self.model = DVAE(config.model).to(device, memory_format=torch.channels_last)
+        self.teacher = self._find_codes() if config.teacher_weight else None
+
+    def _find_codes(self) -> CodeTeacher:
+        """From pictures that the seed chooses; the same on all ranks."""
+        seed, count = self.loop.seed, min(_PICTURES_FOR_CODES, len(self.dataset))
+        chosen = sample_indices(seed, 0, count, len(self.dataset))
+        images = load_batch(self.dataset, chosen, size=self.image_size).images.to(self.device).float() / 255
+        model = self.config.model
+        teacher = CodeTeacher(images, model.vocab_size, model.downsampling, seed)
+        self.world.spread(teacher.centres)
+        teacher.set_codebook(self.model, seed)
+        return teacher
 
     def optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -90,15 +112,20 @@ class DVAERecipe(Recipe):
     def loss(self, inputs, rows, step):
         config = self.config
         cells = self.model.grid[0] * self.model.grid[1]
+        images = inputs["images"][rows]
         out = self.model(
-            inputs["images"][rows],
-            tau=cosine(step, 1.0, config.final_tau, config.tau_steps),
+            images,
+            tau=cosine(step, config.initial_tau, config.final_tau, config.tau_steps),
             beta=cosine(step, 0.0, config.beta, config.beta_steps),
             seed=self.loop.seed,
             offset=step,
             row_offset=(self.rows.start + rows.start) * cells,
+            targets=None if self.teacher is None else self.teacher.tokens(images),
         )
-        return out.loss, {"nll": out.nll, "kl": out.kl}
+        if self.teacher is None:
+            return out.loss, {"nll": out.nll, "kl": out.kl}
+        loss = out.loss + config.teacher_weight * out.taught
+        return loss, {"nll": out.nll, "kl": out.kl, "taught": out.taught.detach()}
 
     def _heldout(self, count: int) -> torch.Tensor:
         dataset = self.open_data("heldout")

@@ -75,8 +75,11 @@ def precision_of(name: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported()
         else:
-            capabilities = torch.backends.cpu.get_cpu_capability()
-            fast = "AVX512" in capabilities and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            # oneDNN also takes bfloat16 on AVX-512 without instructions for it, and is then slower than in float32
+            allowed = (
+                "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            )
+            fast = allowed and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if name == "bf16" else torch.float32
 
@@ -136,7 +139,7 @@ class Loop:
         step, config = self.step, self.config
         rate = self.recipe.learning_rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.model.train()
         inputs = self.recipe.prepare(step)
         parts = config.accumulate

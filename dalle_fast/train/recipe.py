@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,12 @@ from ..errors import DataError
 from ..optim import ResblockGradScaler
 from ..parallel.world import World
 from .config import DataConfig, LoopConfig
+
+
+def emphasized(captions: Sequence[str], data: DataConfig) -> list[int]:
+    """The numbers of an epoch's samples: all once, and those with emphasis again."""
+    chosen = [i for i, caption in enumerate(captions) if re.search(data.emphasis, caption)]
+    return [*range(len(captions)), *chosen * (data.emphasis_repeats - 1)]
 
 
 class Recipe(ABC):
@@ -39,6 +47,7 @@ class Recipe(ABC):
         """Samples that could not be read, each with its reason, since the loop last looked."""
         self.examined = 0
         """Samples that were read or replaced since then."""
+        self._epoch: list[int] | None = None
 
     def open_data(self, split: str | None = None) -> PairDataset:
         """The dataset of a split (default: the training one).
@@ -59,7 +68,12 @@ class Recipe(ABC):
     def indices(self, step: int) -> list[int]:
         """Their numbers in the data set."""
         positions = self.positions(step)
-        return sample_indices(self.loop.seed, positions.start, len(positions), len(self.dataset))
+        if not self.data.emphasis:
+            return sample_indices(self.loop.seed, positions.start, len(positions), len(self.dataset))
+        if self._epoch is None:
+            self._epoch = emphasized(self.dataset.captions, self.data)
+        drawn = sample_indices(self.loop.seed, positions.start, len(positions), len(self._epoch))
+        return [self._epoch[i] for i in drawn]
 
     def batch(self, step: int):
         """This rank's samples of an update: a pure function of (seed, step) and its rows."""

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,18 @@ def build(config: Any, run_dir: Path, world: World | None = None) -> Recipe:
     _, recipe = RECIPES[kind_of(config)]
     device = device_of(config.loop.device)
     world = world or join(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.loop.seed)
+    with seeded(config.loop.seed):
         if recipe is DALLERecipe:
             return DALLERecipe(config, device, world, config.dvae or run_dir.parent / "dvae")
         return recipe(config, device, world)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's generator begins at `seed` in the block, and is as before after it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def kind_of(config: Any) -> str:

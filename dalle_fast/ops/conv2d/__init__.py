@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import _backend
-from .._autocast import is_autocast
+from .._autocast import compute_dtype, is_autocast
+from .._checks import check_bool, check_kept, check_tensor, finite
 from . import op
 from .reference import conv2d_reference
 
@@ -35,7 +36,7 @@ def conv2d(
     autocast dtype, as with F.conv2d, but not the bias, the gradients of both, or the convolution before it is added.
 
     Args:
-        x: [B, C, H, W] floating.
+        x: [B, C, H, W], float32, bfloat16, float16 or float64. Any size may be 0.
         weight: [N, C, k, k], k odd, the dtype of `x` unless autocast is on.
         bias: [N].
         residual: [B, N, H, W] to add to, or None.
@@ -48,8 +49,8 @@ def conv2d(
         [B, N, H, W].
 
     Raises:
-        TypeError: a tensor is missing or not floating.
-        ValueError: shapes do not fit together, the kernel is even, or `backend` is unknown.
+        TypeError: a tensor is missing, not floating or of another dtype than `x`, or an option is of the wrong type.
+        ValueError: shapes do not fit together, the kernel is even, `gain` is not finite, or `backend` is unknown.
         RuntimeError: an explicit `backend` cannot run.
 
     Example:
@@ -57,7 +58,11 @@ def conv2d(
         tensor([[[[4., 4.],
                   [4., 4.]]]])
     """
+    check_bool("relu", relu)
+    check_bool("upsample", upsample)
     _check(x, weight, bias, residual, 1 + upsample)
+    gain = finite("gain", gain)
+    compute_dtype(x, {"weight": weight, "bias": bias, "residual": residual})
     dtype = _operand_dtype(x)
     rounded = (x, weight, bias) if is_autocast(x) else ()  # the others may be float32
     supported = dtype in DTYPES and all(
@@ -66,7 +71,13 @@ def conv2d(
     )
     reason = "it takes float32 and bfloat16, all of one dtype outside autocast"
     chosen = _backend.choose("conv2d", backend, x, supported=supported, reason=reason)
+    if 0 in x.shape or 0 in weight.shape:
+        x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
+        chosen = "reference"
     if chosen == "reference" or (backend == "auto" and not has_kernel(x, weight)):
+        check_kept(x=x, weight=weight)
+        if x.dtype == torch.float16 and abs(gain) > torch.finfo(x.dtype).max:
+            raise ValueError(f"gain: expected a finite number of float16, got {gain}")
         return conv2d_reference(x, weight, bias, residual, gain=gain, relu=relu, upsample=upsample)
     x = x.to(dtype)
     if upsample and weight.shape[-1] > 1:
@@ -91,11 +102,8 @@ def _check(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None, scale: int
 ) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is None and name == "residual":
-            continue
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: expected a floating torch.Tensor, got {got}")
+        if tensor is not None or name != "residual":
+            check_tensor(name, tensor)
     if x.dim() != 4:
         raise ValueError(f"x: expected shape [B, C, H, W], got {list(x.shape)}")
     kernel = weight.shape[-1] if weight.dim() else 0

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from .. import _backend
+from .._autocast import without_autocast
+from .._checks import check_int, check_tensor, check_writable, finite, shown
 from ..pattern import AttentionPattern
 from . import op
 from .reference import decode_attention_reference
+
+_CACHES = ("text_k", "text_v", "image_k", "image_v")
+_reference = without_autocast(decode_attention_reference)
 
 
 def decode_attention(
@@ -59,9 +62,7 @@ def decode_attention(
     """
     tensors = {"q": q, "k": k, "v": v, "text_k": text_k, "text_v": text_v, "image_k": image_k, "image_v": image_v}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: expected a floating torch.Tensor, got {got}")
+        check_tensor(name, tensor)
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of q ({q.dtype}), got {tensor.dtype}")
         if tensor.device != q.device:
@@ -96,26 +97,31 @@ def decode_attention(
     on_device = isinstance(position, torch.Tensor)
     if not on_device:
         if not 0 <= position < pattern.length:
-            raise ValueError(f"position: expected 0 to {pattern.length - 1}, got {position}")
+            raise ValueError(f"position: expected 0 to {pattern.length - 1}, got {shown(position)}")
         if position < pattern.text_len and text_batch != batch:
             raise ValueError(f"text_k: a text position needs {batch} rows, one for each sample, got {text_batch}")
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    scale = head_dim**-0.5 if scale is None else finite("scale", scale)
 
     supported = q.dtype in op.DTYPES
     chosen = _backend.choose(
         "decode_attention", backend, q, supported=supported, reason=f"dtype {q.dtype} has no kernel"
     )
     caches = (text_k, text_v, image_k, image_v)
+    writes_text = text_batch == batch and (on_device or position < pattern.text_len)
+    for name in _CACHES[:2] * writes_text + _CACHES[2:] * (on_device or position >= pattern.text_len):
+        check_writable(name, tensors[name])
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
+        with torch.no_grad():
+            return decode_attention(q, k, v, *caches, pattern, position, scale=scale, backend=backend)
     if chosen == "reference":
-        return decode_attention_reference(q, k, v, *caches, pattern, position, scale=scale)
+        return _reference(q, k, v, *caches, pattern, position, scale=scale)
     run = op.decode_attention_at if on_device else op.decode_attention
     return run(q, k, v, *caches, scale, position, *pattern.integers())
 
 
 def _check_position(position: int | torch.Tensor, device: torch.device) -> None:
     if isinstance(position, torch.Tensor):
+        check_tensor("position", position, (torch.int64,), "an int or an int64")
         if position.dtype != torch.int64 or position.numel() != 1:
             raise TypeError(
                 f"position: expected an int or an int64 tensor of one element, got {position.dtype} "
@@ -123,5 +129,5 @@ def _check_position(position: int | torch.Tensor, device: torch.device) -> None:
             )
         if position.device != device:
             raise ValueError(f"position: expected the device of q ({device}), got {position.device}")
-    elif isinstance(position, bool) or not isinstance(position, (int, torch.SymInt)):
-        raise TypeError(f"position: expected an int or an int64 tensor of one element, got {position!r}")
+    else:
+        check_int("position", position)

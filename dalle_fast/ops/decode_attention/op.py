@@ -24,8 +24,12 @@ def _run(q, k, v, text_k, text_v, image_k, image_v, scale, pattern, position, po
     dense = [_rows_dense(cache) for cache in caches]
     out = q.new_empty(q.shape)
     _C.decode_attention_forward(out, q, k, v, *dense, scale, pattern, position, position_at, stream_of(q))
-    for cache, copy in zip(caches, dense, strict=True):
-        if copy is not cache:  # the token was written into a copy
+    text_len = pattern[1]
+    for i, (cache, copy) in enumerate(zip(caches, dense, strict=True)):
+        written = text_k.shape[0] == q.shape[0] if i < 2 else True
+        if position_at is None:
+            written = (position < text_len) == (i < 2)
+        if written and copy is not cache:  # the token was written into a copy
             cache.copy_(copy)
     return out
 

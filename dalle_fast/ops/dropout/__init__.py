@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from .. import _backend
+from .._checks import check_tensor
 from .._noise import check_noise, check_probability
 from . import op
 from .reference import dropout_reference
@@ -52,9 +53,7 @@ def dropout(
         tensor([[2., 2., 2., 2., 2., 2.],
                 [2., 0., 0., 0., 2., 2.]])
     """
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x: expected a floating torch.Tensor, got {got}")
+    check_tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
     num_columns = x.shape[-1]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from .. import _backend
+from .._checks import check_bool, check_int, check_tensor, shown
 from .._noise import check_noise, check_tau
 from . import op
 from .reference import gumbel_softmax_reference
@@ -60,7 +61,7 @@ def gumbel_softmax(
         differentiable in both.
 
     Raises:
-        TypeError: `logits` is not a floating tensor.
+        TypeError: `logits` is not a floating tensor, or another argument is of the wrong type.
         ValueError: `tau`, `dim`, `seed`, `offset` or `row_offset` is out of range, hard samples or kl are asked
             of zero codes, or `backend` is unknown.
         RuntimeError: an explicit `backend` cannot run.
@@ -72,16 +73,16 @@ def gumbel_softmax(
         >>> y.shape, kl.shape
         (torch.Size([2, 4, 3, 3]), torch.Size([2, 3, 3]))
     """
-    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-        got = logits.dtype if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise TypeError(f"logits: expected a floating torch.Tensor, got {got}")
+    check_tensor("logits", logits)
     if logits.dim() == 0:
         raise ValueError("logits: expected at least one dimension, got a scalar")
-    if not isinstance(dim, int):
-        raise TypeError(f"dim: expected an int, got {dim!r}")
+    check_int("dim", dim)
     if not -logits.dim() <= dim < logits.dim():
-        raise ValueError(f"dim: expected {-logits.dim()}..{logits.dim() - 1} for shape {list(logits.shape)}, got {dim}")
-    check_tau(tau)
+        limits = f"{-logits.dim()}..{logits.dim() - 1}"
+        raise ValueError(f"dim: expected {limits} for shape {list(logits.shape)}, got {shown(dim)}")
+    tau = check_tau(tau)
+    check_bool("hard", hard)
+    check_bool("return_kl", return_kl)
     dim = dim % logits.dim()
     num_codes = logits.shape[dim]
     if (hard or return_kl) and num_codes == 0:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from .. import _backend
+from .._checks import check_tensor, finite, shown
 from . import op
 from .reference import orthonormalize_reference
 
@@ -43,11 +43,12 @@ def orthonormalize(
         True
     """
     many = not isinstance(p, torch.Tensor)
+    if many and (not isinstance(p, Sequence) or isinstance(p, (str, bytes))):
+        raise TypeError(f"p: expected a torch.Tensor or a sequence of them, got {shown(p)}")
     tensors = list(p) if many else [p]
     for i, tensor in enumerate(tensors):
         _check(tensor, f"p[{i}]" if many else "p", tensors[0])
-    if not math.isfinite(eps):
-        raise ValueError(f"eps: expected a finite number, got {eps}")
+    eps = finite("eps", eps)
     if not tensors:
         return []
     chosen = _backend.choose(
@@ -58,14 +59,12 @@ def orthonormalize(
         results = [orthonormalize_reference(tensor, eps) for tensor in tensors]
     else:
         batches = [tensor if tensor.dim() == 3 else tensor[None] for tensor in tensors]
-        results = [q if tensor.dim() == 3 else q[0] for q, tensor in zip(op.householder(batches, float(eps)), tensors)]
+        results = [q if tensor.dim() == 3 else q[0] for q, tensor in zip(op.householder(batches, eps), tensors)]
     return results if many else results[0]
 
 
 def _check(tensor: torch.Tensor, name: str, first: torch.Tensor) -> None:
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.float64, torch.uint16):
-        got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise TypeError(f"{name}: expected a float32, float64 or uint16 torch.Tensor, got {got}")
+    check_tensor(name, tensor, (torch.float32, torch.float64, torch.uint16), "a float32, float64 or uint16")
     if tensor.dim() not in (2, 3) or tensor.shape[-2] < tensor.shape[-1]:
         raise ValueError(f"{name}: expected shape [m, r] or [N, m, r] with m >= r, got {list(tensor.shape)}")
     if tensor.device != first.device or tensor.dtype != first.dtype:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import math
 import struct
 
 import torch
 
+from ...memory import is_plain
 from .. import _backend
 from .._autocast import compute_dtype
+from .._checks import check_int, check_int64, check_kept, check_tensor, finite
 from . import op
 from .reference import linear_cross_entropy_reference
 
@@ -54,9 +55,9 @@ def linear_cross_entropy(
         target counts, as in torch; the gradients are then zero.
 
     Raises:
-        TypeError: a tensor is missing or has the wrong dtype.
-        ValueError: shapes do not fit together, `chunk_rows` is not positive, `upstream` is not finite, or `backend` is
-            unknown.
+        TypeError: a tensor is missing or has the wrong dtype, or a number is of the wrong type.
+        ValueError: shapes do not fit together, there is no code, `chunk_rows` is not positive, `upstream` is not
+            finite, or `backend` is unknown.
         IndexError: on CPU, a target is neither in [0, V) nor `ignore_index`.
         RuntimeError: an explicit `backend` cannot run.
 
@@ -65,10 +66,11 @@ def linear_cross_entropy(
         tensor(2.0794)
     """
     _check(x, weight, target, bias)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
-    if not math.isfinite(upstream):
-        raise ValueError(f"upstream: expected a finite number, got {upstream}")
+    check_int64("ignore_index", ignore_index)
+    if chunk_rows is not None:
+        check_int("chunk_rows", chunk_rows, 1)
+        chunk_rows = min(chunk_rows, max(x.shape[0], 1))
+    upstream = finite("upstream", upstream)
     compute = compute_dtype(x, {"weight": weight, "bias": bias})
 
     supported = all(t is None or t.dtype in op.DTYPES for t in (x, weight, bias))
@@ -76,6 +78,9 @@ def linear_cross_entropy(
         "linear_cross_entropy", backend, x, supported=supported, reason=f"dtype {x.dtype} has no kernel"
     )
     if chosen == "reference":
+        check_kept(x=x, weight=weight)
+        if is_plain(target) and not torch.compiler.is_compiling():
+            op.check_range(target, weight.shape[0], ignore_index)
         return linear_cross_entropy_reference(x, weight, target, bias, ignore_index=ignore_index)
     needs = 0
     if torch.is_grad_enabled():
@@ -91,18 +96,15 @@ def linear_cross_entropy(
 
 def _check(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: expected a floating torch.Tensor, got {got}")
-    if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
-        got = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
-        raise TypeError(f"target: expected an int64 torch.Tensor, got {got}")
+        if tensor is not None or name != "bias":
+            check_tensor(name, tensor)
+    check_tensor("target", target, (torch.int64,), "an int64")
     if x.dim() != 2:
         raise ValueError(f"x: expected shape [N, d], got {list(x.shape)}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight: expected shape [V, {x.shape[1]}] for x of {list(x.shape)}, got {list(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected at least one code, got shape {list(weight.shape)}")
     if target.shape != x.shape[:1]:
         raise ValueError(f"target: expected shape [{x.shape[0]}] for x of {list(x.shape)}, got {list(target.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:

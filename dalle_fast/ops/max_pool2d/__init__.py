@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from .. import _backend
+from .._checks import check_tensor
 from . import op
 from .reference import max_pool2d_reference
 
@@ -16,7 +17,7 @@ def max_pool2d(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     "auto" takes torch's op for a channels_last `x`, where that is fast.
 
     Args:
-        x: [B, C, H, W] floating; the kernel takes float32 and bfloat16, H and W even.
+        x: [B, C, H, W] floating, any size may be 0; the kernel takes float32 and bfloat16, H and W even.
         backend: "auto", "cpu" or "reference".
 
     Returns:
@@ -31,9 +32,7 @@ def max_pool2d(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
         >>> max_pool2d(torch.arange(4.0).view(1, 1, 2, 2))
         tensor([[[[3.]]]])
     """
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x: expected a floating torch.Tensor, got {got}")
+    check_tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected shape [B, C, H, W], got {list(x.shape)}")
     supported = x.dtype in op.DTYPES and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0

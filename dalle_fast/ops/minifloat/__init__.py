@@ -6,13 +6,14 @@ from __future__ import annotations
 import torch
 
 from .. import _backend
+from .._checks import check_tensor, shown
 from . import op
 from .reference import FORMATS, minifloat_decode_reference, minifloat_encode_reference
 
 
 def _check_format(fmt: str) -> None:
-    if fmt not in FORMATS:
-        raise ValueError(f"fmt: expected one of {', '.join(FORMATS)}, got {fmt!r}")
+    if not isinstance(fmt, str) or fmt not in FORMATS:
+        raise ValueError(f"fmt: expected one of {', '.join(FORMATS)}, got {shown(fmt)}")
 
 
 def minifloat_encode(x: torch.Tensor, fmt: str, *, backend: str = "auto") -> torch.Tensor:
@@ -23,7 +24,7 @@ def minifloat_encode(x: torch.Tensor, fmt: str, *, backend: str = "auto") -> tor
     "0-6-10" takes negative numbers to 0.
 
     Args:
-        x: float32, any shape and strides; other floating dtypes are converted to float32 first.
+        x: float32, any shape and strides; bfloat16, float16 and float64 are converted to it first.
         fmt: "1-6-9" or "0-6-10".
         backend: "auto", "cuda", "cpu" or "reference".
 
@@ -39,9 +40,7 @@ def minifloat_encode(x: torch.Tensor, fmt: str, *, backend: str = "auto") -> tor
         >>> minifloat_decode(minifloat_encode(torch.tensor([0.1, 20.0]), "1-6-9"), "1-6-9")
         tensor([0.1000,    inf])
     """
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x: expected a floating torch.Tensor, got {got}")
+    check_tensor("x", x)
     _check_format(fmt)
     x = x.detach().float()
     if _backend.choose("minifloat", backend, x) == "reference":
@@ -65,9 +64,7 @@ def minifloat_decode(code: torch.Tensor, fmt: str, *, backend: str = "auto") -> 
         ValueError: unknown `fmt` or `backend`.
         RuntimeError: an explicit `backend` cannot run.
     """
-    if not isinstance(code, torch.Tensor) or code.dtype != torch.uint16:
-        got = code.dtype if isinstance(code, torch.Tensor) else type(code).__name__
-        raise TypeError(f"code: expected a uint16 torch.Tensor, got {got}")
+    check_tensor("code", code, (torch.uint16,), "a uint16")
     _check_format(fmt)
     if _backend.choose("minifloat", backend, code) == "reference":
         return minifloat_decode_reference(code, fmt)

@@ -39,7 +39,7 @@ def minifloat_decode_reference(code: torch.Tensor, fmt: str, bias: int = BIAS) -
     """The number of each code, float32."""
     has_sign, bits = FORMATS[fmt]
     value = code.to(torch.int64)
-    sign = torch.where(value >> 15 == 1, -1.0, 1.0) if has_sign else torch.ones(())
+    sign = torch.where(value >> 15 == 1, -1.0, 1.0) if has_sign else torch.ones((), device=code.device)
     value = value & 0x7FFF if has_sign else value
     exponent, fraction = value >> bits, value & ((1 << bits) - 1)
     significand = torch.where(exponent > 0, fraction + (1 << bits), fraction).double()

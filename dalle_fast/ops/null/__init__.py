@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import _backend
+from .._checks import check_tensor
 from . import op
 from .reference import null_reference
 
@@ -17,7 +18,7 @@ def null(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """Copies a matrix.
 
     Args:
-        x: [N, M], float32, bfloat16 or float16, any strides. Other floating dtypes run on the reference.
+        x: [N, M], float32, bfloat16 or float16, any strides; float64 runs on the reference.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
@@ -32,9 +33,7 @@ def null(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
         >>> null(torch.ones(2, 3)).sum()
         tensor(6.)
     """
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x: expected a floating torch.Tensor, got {got}")
+    check_tensor("x", x)
     if x.dim() != 2:
         raise ValueError(f"x: expected shape [N, M], got {list(x.shape)}")
     supported = x.dtype in op.DTYPES

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .. import _backend
+from .._checks import check_tensor, check_writable, finite
 from . import op
 from .reference import powersgd_project_reference, powersgd_reconstruct_reference
 
@@ -49,31 +50,31 @@ def powersgd_project(
         Projection(code, status). Nothing is synchronised with the host. Not differentiable.
 
     Raises:
-        TypeError: a wrong dtype.
-        ValueError: shapes that do not fit, or an unknown `backend`.
+        TypeError: a wrong dtype, or a number that is none.
+        ValueError: shapes that do not fit, a number that is not finite, a tensor to be changed whose elements share
+            memory, or an unknown `backend`.
         RuntimeError: an explicit `backend` cannot run.
     """
     _check_codes(error, "error")
-    if not isinstance(factor, torch.Tensor) or factor.dtype not in (torch.uint16, torch.float32):
-        got = factor.dtype if isinstance(factor, torch.Tensor) else type(factor).__name__
-        raise TypeError(f"factor: expected a uint16 or float32 torch.Tensor, got {got}")
+    check_writable("error", error)
+    check_tensor("factor", factor, (torch.uint16, torch.float32), "a uint16 or float32")
     if factor.dim() != 2 or factor.shape[0] != error.shape[1]:
         raise ValueError(
             f"factor: expected shape [{error.shape[1]}, r] for error of {list(error.shape)}, got {list(factor.shape)}"
         )
     if grad is not None:
-        if not isinstance(grad, torch.Tensor) or not grad.is_floating_point():
-            got = grad.dtype if isinstance(grad, torch.Tensor) else type(grad).__name__
-            raise TypeError(f"grad: expected a floating torch.Tensor, got {got}")
+        check_tensor("grad", grad)
         if grad.shape != error.shape:
             raise ValueError(f"grad: expected shape {list(error.shape)} as error has, got {list(grad.shape)}")
         grad = grad.detach()
     for name, tensor in (("factor", factor), ("grad", grad)):
         if tensor is not None and tensor.device != error.device:
             raise ValueError(f"{name}: expected the device of error ({error.device}), got {tensor.device}")
+    numbers = (finite("inverse_grad_scale", inverse_grad_scale), finite("scale", scale))
+    factor = factor.detach()
     if _backend.choose("powersgd", backend, error) == "reference":
-        return Projection(*powersgd_project_reference(error, factor, grad, inverse_grad_scale, scale))
-    return Projection(*op.powersgd_project(error, factor.detach(), grad, float(inverse_grad_scale), float(scale)))
+        return Projection(*powersgd_project_reference(error, factor, grad, *numbers))
+    return Projection(*op.powersgd_project(error, factor, grad, *numbers))
 
 
 def powersgd_reconstruct(
@@ -104,8 +105,9 @@ def powersgd_reconstruct(
         [m, n] float32, with the dense dimension of `error`. Not differentiable.
 
     Raises:
-        TypeError: a wrong dtype.
-        ValueError: shapes that do not fit, or an unknown `backend`.
+        TypeError: a wrong dtype, or a number that is none.
+        ValueError: shapes that do not fit, a number that is not finite, a tensor to be changed whose elements share
+            memory, or an unknown `backend`.
         RuntimeError: an explicit `backend` cannot run.
     """
     _check_codes(p, "p")
@@ -114,29 +116,30 @@ def powersgd_reconstruct(
         raise ValueError(f"q: expected shape [n, {p.shape[1]}] for p of {list(p.shape)}, got {list(q.shape)}")
     if error is not None:
         _check_codes(error, "error")
+        check_writable("error", error)
         if error.shape != (p.shape[0], q.shape[0]):
             raise ValueError(f"error: expected shape [{p.shape[0]}, {q.shape[0]}], got {list(error.shape)}")
     if out is not None:
-        if not isinstance(out, torch.Tensor) or out.dtype != torch.float32:
-            got = out.dtype if isinstance(out, torch.Tensor) else type(out).__name__
-            raise TypeError(f"out: expected a float32 torch.Tensor, got {got}")
+        check_tensor("out", out, (torch.float32,), "a float32")
         if out.shape != (p.shape[0], q.shape[0]):
             raise ValueError(f"out: expected shape [{p.shape[0]}, {q.shape[0]}], got {list(out.shape)}")
+        check_writable("out", out)
+        if out.requires_grad:
+            raise ValueError("out: expected a tensor that takes no gradient, as it is overwritten, got one that does")
     for name, tensor in (("q", q), ("error", error), ("out", out)):
         if tensor is not None and tensor.device != p.device:
             raise ValueError(f"{name}: expected the device of p ({p.device}), got {tensor.device}")
+    numbers = (finite("grad_factor", grad_factor), finite("error_factor", error_factor))
     if _backend.choose("powersgd", backend, p) == "reference":
-        grad = powersgd_reconstruct_reference(p, q, error, grad_factor, error_factor)
+        grad = powersgd_reconstruct_reference(p, q, error, *numbers)
         return grad if out is None else out.copy_(grad)
     if out is None:
         out = op.new_gradient(p, q, error)
-    op.powersgd_reconstruct(out, p, q, error, float(grad_factor), float(error_factor))
+    op.powersgd_reconstruct(out, p, q, error, *numbers)
     return out
 
 
 def _check_codes(tensor: torch.Tensor, name: str) -> None:
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.uint16:
-        got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise TypeError(f"{name}: expected a uint16 torch.Tensor, got {got}")
+    check_tensor(name, tensor, (torch.uint16,), "a uint16")
     if tensor.dim() != 2:
         raise ValueError(f"{name}: expected two dimensions, got shape {list(tensor.shape)}")

@@ -11,8 +11,8 @@ from .._register import register_op
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether one of two dimensions is dense, as the kernels want it."""
-    return 1 in tensor.stride() or 1 in tensor.shape
+    """Whether one of two dimensions is dense, as the kernels want it: the first only if the last is not."""
+    return tensor.stride(1) == 1 or tensor.shape[1] == 1 or (tensor.stride(0) == 1 and tensor.shape[0] > 1)
 
 
 def _is_dense_as(tensor: torch.Tensor, like: torch.Tensor) -> bool:

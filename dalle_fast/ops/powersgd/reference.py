@@ -26,14 +26,16 @@ def powersgd_project_reference(
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(code, status) as `powersgd_project`; changes `error`."""
-    grad_finite = grad is None or bool(grad.isfinite().all())
-    if grad is not None and grad_finite:
-        error.copy_(_encode(_decode(error) + grad.double() * inverse_grad_scale))
+    grad_finite = torch.ones((), dtype=torch.bool, device=error.device)
+    if grad is not None:
+        grad_finite = grad.isfinite().all()
+        added = _encode(_decode(error) + grad.double() * inverse_grad_scale)
+        error.copy_(torch.where(grad_finite, added.int(), error.int()))
     e = _decode(error)
     x = _decode(factor) if factor.dtype == torch.uint16 else factor.double()
     product = minifloat_decode_reference(_encode(e @ x * scale), "1-6-9")
-    status = [grad_finite, bool(e.isfinite().all()), bool(product.isfinite().all())]
-    return _encode(product.clamp(-LARGEST, LARGEST)), torch.tensor(status, dtype=torch.int32, device=error.device)
+    status = torch.stack((grad_finite, e.isfinite().all(), product.isfinite().all())).int()
+    return _encode(product.clamp(-LARGEST, LARGEST)), status
 
 
 def powersgd_reconstruct_reference(

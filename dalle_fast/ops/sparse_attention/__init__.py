@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from .. import _backend
+from .._autocast import without_autocast
+from .._checks import check_kept, check_tensor, finite
 from ..pattern import AttentionPattern
 from . import op
 from .reference import sparse_attention_reference
+
+_reference = without_autocast(sparse_attention_reference)
 
 
 def sparse_attention(
@@ -51,9 +53,7 @@ def sparse_attention(
         torch.Size([1, 2, 8, 16])
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: expected a floating torch.Tensor, got {got}")
+        check_tensor(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name}: expected shape [B, H, L, D], got {list(tensor.shape)}")
         if tensor.dtype != q.dtype:
@@ -77,14 +77,13 @@ def sparse_attention(
         raise ValueError(f"q: expected at least one channel, got shape {list(q.shape)}")
     if length > pattern.length:
         raise ValueError(f"q: expected at most {pattern.length} positions, as the pattern has, got {length}")
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    scale = head_dim**-0.5 if scale is None else finite("scale", scale)
 
     supported = q.dtype in op.DTYPES
     chosen = _backend.choose(
         "sparse_attention", backend, q, supported=supported, reason=f"dtype {q.dtype} has no kernel"
     )
     if chosen == "reference":
-        return sparse_attention_reference(q, k, v, pattern, scale=scale)
+        check_kept(q=q, k=k, v=v)
+        return _reference(q, k, v, pattern, scale=scale)
     return op.sparse_attention(q, k, v, scale, *pattern.integers())[0]

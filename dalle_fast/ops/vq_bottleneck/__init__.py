@@ -7,6 +7,7 @@ import torch
 
 from .. import _backend
 from .._autocast import compute_dtype, is_autocast
+from .._checks import check_kept, check_tensor
 from .._noise import check_noise, check_tau
 from . import op
 from .reference import vq_bottleneck_reference
@@ -67,7 +68,7 @@ def vq_bottleneck(
         (torch.Size([1, 3, 2, 2]), tensor([[[0., 0.], [0., 0.]]]))
     """
     head_weight, codebook = _check(x, head_weight, head_bias, codebook, codebook_bias)
-    check_tau(tau)
+    tau = check_tau(tau)
     num_cells = x.shape[:1].numel() * x.shape[2:].numel()
     seed, offset = check_noise(seed, offset, row_offset, num_cells, "x")
     others = {"head_weight": head_weight, "head_bias": head_bias, "codebook": codebook, "codebook_bias": codebook_bias}
@@ -76,15 +77,16 @@ def vq_bottleneck(
     supported = all(t is None or t.dtype in op.DTYPES for t in (x, *others.values()))
     chosen = _backend.choose("vq_bottleneck", backend, x, supported=supported, reason=f"dtype {x.dtype} has no kernel")
     if chosen == "reference":
+        check_kept(x=x, head_weight=head_weight, head_bias=head_bias, codebook=codebook, codebook_bias=codebook_bias)
         arguments = (x, head_weight, head_bias, codebook, tau, seed, offset)
         options = {"codebook_bias": codebook_bias, "row_offset": row_offset}
         if not is_autocast(x):
             return vq_bottleneck_reference(*arguments, **options)
         with torch.autocast(x.device.type, enabled=False):  # it would round the logits
             return vq_bottleneck_reference(x.to(compute), *arguments[1:], **options)
-    return op.vq_bottleneck(
-        x, head_weight, head_bias, codebook, codebook_bias, float(tau), seed, offset, row_offset, compute
-    )[:2]
+    return op.vq_bottleneck(x, head_weight, head_bias, codebook, codebook_bias, tau, seed, offset, row_offset, compute)[
+        :2
+    ]
 
 
 def _check(x, head_weight, head_bias, codebook, codebook_bias) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,9 +100,7 @@ def _check(x, head_weight, head_bias, codebook, codebook_bias) -> tuple[torch.Te
     ):
         if tensor is None and optional:
             continue
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: expected a floating torch.Tensor, got {got}")
+        check_tensor(name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected the device of x ({x.device}), got {tensor.device}")
     if x.dim() not in (2, 4):

@@ -58,7 +58,7 @@ def _channels_last(x: torch.Tensor) -> bool:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[N, C] of [B, C, h, w] or of [N, C], dense; a view where channels are innermost in memory."""
-    return (x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) if x.dim() == 4 else x).contiguous()
+    return (x.permute(0, 2, 3, 1).flatten(0, 2) if x.dim() == 4 else x).contiguous()
 
 
 def _like(x: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""What every public op asks of its arguments, said in one way: the name, what was expected, what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = torch.finfo(torch.float32).max
+NOT_KEPT = "expected a tensor that a backward pass can keep, got one of torch.inference_mode; clone it outside"
+_LONGEST = 60  # characters of a value in a message
+
+
+def shown(value: Any) -> str:
+    """`value` in a message: of a tensor its dtype and shape, never its data."""
+    if isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__} of {value.dtype}"
+    try:
+        text = repr(value)
+    except Exception:  # an int of more digits than Python prints, a foreign object
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    """float32, bfloat16 or float16."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return " or ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
+
+
+def check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS, kind: str = "a floating") -> None:
+    """Raises TypeError for what is no tensor with strides of one of `dtypes`; `kind` is what messages call them."""
+    if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        more = f" ({names_of(dtypes)})" if kind == "a floating" else ""
+        raise TypeError(f"{name}: expected {kind} torch.Tensor{more}, got {got}")
+    if value.layout is not torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense torch.Tensor with strides, got {got}")
+
+
+def check_int(name: str, value: Any, low: int | None = None) -> None:
+    """Raises TypeError for what is no int (a bool is none), ValueError for one below `low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {shown(value)}")
+    if low is not None and value < low:
+        raise ValueError(f"{name}: expected at least {low}, got {shown(value)}")
+
+
+def check_int64(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError for what is no int of 64 bits."""
+    check_int(name, value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected a 64-bit integer, got {shown(value)}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raises TypeError for what is no bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {shown(value)}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError for what is no int or float (a bool is none)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {shown(value)}")
+
+
+def finite(name: str, value: Any) -> float:
+    """`value` as a float that float32 can hold; raises TypeError or ValueError."""
+    check_number(name, value)
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name}: expected a finite number of float32, got {shown(value)}")
+    return float(value)
+
+
+def check_kept(**tensors: torch.Tensor | None) -> None:
+    """Raises RuntimeError for a tensor of torch.inference_mode that a backward pass would have to keep."""
+    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in there.values()):
+        return
+    for name, tensor in there.items():
+        if tensor.is_inference():
+            raise RuntimeError(f"{name}: {NOT_KEPT}")
+
+
+def check_writable(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError for a tensor that cannot be changed in place: elements share memory, or it is frozen."""
+    if not tensor.is_contiguous() and tensor.numel():
+        step = 1
+        for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
+            if stride < step:
+                raise ValueError(
+                    f"{name}: expected elements that share no memory, as it is changed in place, "
+                    f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
+                )
+            step = stride * (size - 1) + step
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name}: expected a tensor that may be changed, got one of torch.inference_mode")
