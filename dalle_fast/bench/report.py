@@ -219,7 +219,7 @@ def side_by_side(reports: list[dict]) -> str:
 def title(report: dict) -> str:
     """What a column of a result is called: the processor's instructions, and whether it was limited to them."""
     machine = report["machine"]
-    return f"{machine['cpu_level']}{' (limited)' if 'limited_by' in machine else ''}"
+    return f"{machine.get('cpu_level', machine['device'])}{' (limited)' if 'limited_by' in machine else ''}"
 
 
 def _fastest_peer(row: dict) -> str | None:
