@@ -63,7 +63,7 @@ def _all(where: str, items: Any, wrong: Callable[[str, Any], str | None]) -> str
 def _rates(table: dict) -> Any:
     """What the machine does at best, by either of the names that results have for it."""
     rates = table.get("roofs", table.get("peaks"))
-    return list(rates.values()) if isinstance(rates, dict) else rates
+    return list(rates.values()) if isinstance(rates, dict) else None
 
 
 def _is(where: str, value: Any, check: Check) -> str | None:
