@@ -121,8 +121,8 @@ class Plan:
         text += f"Expect {_minutes(sum(times.values()))} minutes: {', '.join(parts)}."
         if self.share < 0.999:
             text += (
-                f"\n{self.minutes:g} minutes are allowed (--minutes): enough for {_percent(self.share)} of the updates that "
-                f"reach the quality. All of them take about {math.ceil(self.minutes_for_all())} minutes here."
+                f"\n{self.minutes:g} minutes are allowed (--minutes): enough for {_percent(self.share)} of the updates "
+                f"that reach the quality. All of them take about {math.ceil(self.minutes_for_all())} minutes here."
             )
         return text
 
