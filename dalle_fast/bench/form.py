@@ -25,7 +25,7 @@ def _text(value: Any) -> bool:
 
 
 def _error(value: Any) -> bool:
-    return type(value) in (int, float) and (math.isnan(value) or value >= 0)
+    return _number(value) or (type(value) is float and (math.isnan(value) or value == math.inf))
 
 
 _ROW: dict[str, Check] = {"median_ms": _positive, "best_ms": _positive, "floor_ms": _number, "share": _number,
@@ -87,9 +87,10 @@ def _row(where: str, row: Any) -> str | None:
         return wrong
     if not isinstance(row.get("peers"), dict):
         return f"{where}.peers: expected an object, got {shown(row.get('peers'))}"
-    if "median_ms" not in row:
-        return _fields(where, row, {"failed" if "failed" in row else "skipped": _text})
-    wrong = _fields(where, row, _ROW)
+    if "median_ms" in row:
+        wrong = _fields(where, row, _ROW)
+    else:
+        wrong = _fields(where, row, {"failed" if "failed" in row else "skipped": _text})
     for name, peer in row["peers"].items():
         if isinstance(peer, dict):
             wrong = wrong or _fields(f"{where}.peers.{shown(name)[1:-1]}", peer, _PEER)
