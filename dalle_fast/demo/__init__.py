@@ -21,7 +21,7 @@ from .plan import LOOKS, MINUTES, NAMES, STAGES, Plan, make_plan
 from .shipped import Shipped
 
 QUALITY = {"kind": 0.6, "tone": 0.9}
-"""Shares of held-out captions, best of eight by CLIP, that the updates of the presets are known to reach."""
+"""Shares of held-out captions, best of eight by CLIP, that the updates of the presets are meant to reach."""
 _NUM_SAMPLES = 8
 _RULES = {
     "dvae": "pictures to tokens and back",
@@ -35,9 +35,9 @@ def run_demo(
 ) -> Path:
     """Trains the whole system to a quality, and writes `report.html`; a second call goes on.
 
-    The presets say how many updates reach the quality. A few updates of each stage are timed first; where all do not
-    fit into `minutes`, each stage gets the same share of them. Nothing looks at the held-out captions to decide when to
-    stop.
+    The presets say how many updates are meant to reach the quality. A few updates of each stage are timed first; where
+    all do not fit into `minutes`, each stage gets the same share of them. Nothing looks at the held-out captions to
+    decide when to stop.
 
     Args:
         minutes: allowed for everything together; None: 25, or what the folder's demo was planned for.

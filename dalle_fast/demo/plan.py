@@ -50,7 +50,7 @@ class Plan:
     minutes: float
     """Allowed in all."""
     updates: dict[str, int]
-    """stage -> updates that reach the quality."""
+    """stage -> updates of the presets, which are meant to reach the quality."""
     costs: dict[str, StageCost]
     caption_seconds: float
     """For sampling one caption."""
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """Of the updates that reach the quality, the least over the stages."""
+        """Of the presets' updates, the least over the stages."""
         return min(self.steps[stage] / self.updates[stage] for stage in STAGES)
 
     def expected(self, slower: float = 1.0) -> dict[str, float]:
@@ -84,7 +84,7 @@ class Plan:
     def fitted(self, done: frozenset[str] | set[str] = frozenset()) -> Plan:
         """The plan with the updates that fit, for the stages that have not begun.
 
-        Never more than those that reach the quality. Stages that took longer than expected leave less to the others:
+        Never more than those of the presets. Stages that took longer than expected leave less to the others:
         they are taken to be as much slower.
 
         Args:
@@ -121,9 +121,8 @@ class Plan:
         text += f"Expect {_minutes(sum(times.values()))} minutes: {', '.join(parts)}."
         if self.share < 0.999:
             text += (
-                f"\n{self.minutes:g} minutes are allowed (--minutes): enough for {_percent(self.share)} of the "
-                f"updates that reach the quality. All of them take about {math.ceil(self.minutes_for_all())} minutes "
-                "here."
+                f"\n{self.minutes:g} minutes are allowed (--minutes): enough for {_percent(self.share)} of the updates "
+                f"of the presets. All of them take about {math.ceil(self.minutes_for_all())} minutes here."
             )
         return text
 
