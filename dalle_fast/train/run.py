@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, TrainingError, shown
 from ..parallel.world import World
 from .clip import CLIPRecipe, CLIPTrainConfig
 from .config import differences, load_config, save_config, with_steps
@@ -36,8 +36,10 @@ def device_of(name: str) -> torch.device:
     """ "auto" | "cpu" | "cuda" -> device.
 
     Raises:
-        ConfigError: CUDA is asked for and not there.
+        ConfigError: another name, or CUDA is asked for and not there.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device: expected auto, cpu or cuda, got {shown(name)}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
