@@ -512,7 +512,7 @@ def main(argv: list[str] | None = None) -> None:
                 stream.reconfigure(errors="backslashreplace")
         _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        sys.exit(_fail(str(error)))
+        sys.exit(_fail(" ".join(str(error).splitlines()) if error.one_line else str(error)))
     except KeyboardInterrupt:
         _quiet_exit()
         print("\ndalle-fast: stopped", file=sys.stderr)

@@ -9,6 +9,9 @@ import math
 class UserError(ValueError):
     """Something the user gave is wrong; the message names it, what was expected and what came."""
 
+    one_line = True
+    """Whether line breaks in it can only come from a name that the user gave."""
+
 
 class ConfigError(UserError):
     """A flag, preset or TOML key is unknown or has an impossible value."""

@@ -110,6 +110,14 @@ def test_damaged_checkpoints_do_not_take_the_place_of_whole_ones(tmp_path):
     assert store.find_latest(tmp_path).name == "step-00000003"
 
 
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not an ordinary file"):
+        store.write_atomic(pipe, b"tokens")
+    assert pipe.is_fifo()
+
+
 def test_files_that_the_manifest_does_not_list_are_not_read(tmp_path):
     folder = saved(tmp_path, 1)
     manifest = folder / "manifest.json"

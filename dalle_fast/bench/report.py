@@ -24,7 +24,9 @@ _LIMITS = ("DALLE_FAST_CPU", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_E
 
 
 class BenchError(UserError):
-    """A result file that cannot be read or compared."""
+    """A result file that cannot be read or compared, or rows that are wrong, each on a line."""
+
+    one_line = False
 
 
 def machine() -> dict[str, Any]:

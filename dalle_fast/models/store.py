@@ -63,8 +63,11 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the old file is as it was.
+        OSError: the disk is full, the folder cannot be written, or a folder, pipe or device has this name; what was
+            there is as it was.
     """
+    if path.exists() and not path.is_file():  # a rename would put an ordinary file in the place of a device
+        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:

@@ -31,8 +31,9 @@ MOST_SAMPLES = 16
 """More of them are real work."""
 STAGES = ("dvae", "clip", "dalle")
 WORDS = (*map(str, NUMBERS[:17]), "nan", "inf", "-inf", "1e400", "0x10", "1_000", " 3 ", "3.5", "true", "emoji",
-         "shapes", "cpu", "cuda", "auto", ".", "..", "system", "mine.png", "none", "-", "--", "(", "[a-", "\u0663",
-         *(text for text in TEXTS if "\0" not in text))  # fmt: skip
+         "shapes", "cpu", "cuda", "auto", ".", "..", "system", "mine.png", "null", "none", "-", "--", "(", "[a-",
+         "\u0663",
+         *(text for text in TEXTS if "\0" not in text and text[:1] != "/"))  # fmt: skip
 
 
 class CommandTarget(FileTarget):
@@ -96,6 +97,7 @@ class CommandTarget(FileTarget):
         (folder / "system").mkdir()
         for stage in STAGES:
             os.symlink(self.root / stage, folder / "system" / stage)
+        os.symlink("/dev/null", folder / "null")
         for name in ("pictures", "bench.json", "bad.json", "mine.png"):
             os.symlink(self.root / name, folder / name)
         counts = {"first": -20, "counts": [[1, 5], [0, 3]], "zeros": [0, 1], "not_finite": [0, 0]}

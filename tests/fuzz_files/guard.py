@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import sys
@@ -72,7 +73,7 @@ class _Watch:
         if not self.roots:
             return
         if name in _NEVER and not (name == "ctypes.dlopen" and args[0] is None):
-            self.breaches.append(f"{name} {args!r}"[:300])
+            self._stop(f"{name} {args!r}"[:300])
         elif name == "open":
             path, mode, flags = args
             writes = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -86,7 +87,12 @@ class _Watch:
     def _path(self, what: str, path: Any) -> None:
         real = os.path.realpath(os.fsdecode(path))
         if not any(real == root or real.startswith(root + "/") for root in self.roots):
-            self.breaches.append(f"{what} {real}")
+            self._stop(f"{what} {real}")
+
+    def _stop(self, breach: str) -> None:
+        """Tells of it, and keeps it from happening: this machine is still needed."""
+        self.breaches.append(breach)
+        raise PermissionError(errno.EPERM, "kept from it by the fuzzer", breach)
 
 
 WATCH = _Watch()
@@ -103,11 +109,13 @@ def judged(act: Callable[[Path], str | None], names: Callable[[str, Path], bool]
         "right", "refused", or "raw", "words", "wrong", "breach", "canary".
     """
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-")))
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-")))
+        folder = root / "case"  # .. is still ours
+        folder.mkdir()
         before = os.getcwd()
         os.chdir(folder)
         stack.callback(os.chdir, before)
-        with WATCH.over(folder) as breaches:
+        with WATCH.over(root) as breaches:
             outcome = _called(act, folder)
         if outcome.kind == "refused" and not (names(outcome.text, folder) if names else str(folder) in outcome.text):
             outcome = Outcome("words", f"does not say where: {outcome.text}")
