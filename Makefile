@@ -10,7 +10,7 @@ LEVELS := all
 # nvcc takes longer than all else; without a device its kernels run nowhere (make cuda and wheels compile them anyway).
 CUDA := $(if $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg),AUTO,OFF)
 
-.PHONY: demo pretrained test test-avx2 bench gpu torture lint cuda sanitize build setup clean help
+.PHONY: demo pretrained test test-avx2 bench gpu torture fuzz lint cuda sanitize build setup clean help
 
 help:
 	@echo "make demo    train a small system on real data, about 16 minutes; writes runs/demo/report.html"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench   time every op beside its peers, under 20 minutes; writes benchmarks/results"
 	@echo "make gpu     on a machine with an NVIDIA GPU: tests, sanitizers and benchmarks there, under ten minutes"
 	@echo "make torture  kill -9, signals, damage, full disks, bad data: every run must end as if nothing had been"
+	@echo "make fuzz    100,000 random right and wrong calls of all ops and AdamW16: right, or refused by name"
 	@echo "make lint    ruff and clang-format"
 	@echo "make cuda    compile all CUDA code for sm_80 and sm_90, without a spilled register (needs nvcc)"
 	@echo "make sanitize  the CUDA kernels on the host executor under ASan and UBSan"
@@ -43,6 +44,9 @@ gpu:
 
 torture: setup
 	$(BIN)/python tests/torture.py $(ARGS)
+
+fuzz: setup
+	$(BIN)/python tests/fuzz_ops.py --jobs 2 $(ARGS)
 
 test: SIMT := ON# the CUDA kernels on the host executor, csrc/simt/
 test: setup

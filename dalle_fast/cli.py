@@ -310,7 +310,7 @@ def _evaluate(args: list[str]) -> None:
     _add_fields(parser, EvaluationOptions)
     arguments = parser.parse_args(args)
     options = _take(EvaluationOptions, arguments)
-    from .evaluate import run_evaluation, write_report
+    from .evaluate import judge_lines, run_evaluation, write_report
     from .train import DALLETrainConfig, load_config
 
     system = _load(arguments)
@@ -318,7 +318,7 @@ def _evaluate(args: list[str]) -> None:
     report = _progress("captions")
     evaluation = run_evaluation(system, source, options, progress=lambda what, done, total: report(done, total))
     paths = write_report(evaluation, arguments.run)
-    print(f"report: {paths['report']}\nnumbers: {paths['json']}")
+    print("\n".join([*judge_lines(evaluation.numbers), f"report: {paths['report']}", f"numbers: {paths['json']}"]))
 
 
 def _plan(args: list[str]) -> None:

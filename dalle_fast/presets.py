@@ -23,56 +23,77 @@ def paper_dalle(size: str) -> DALLEConfig:
 
 # Half of the emoji have no skin tone, and what is held out are tones.
 _TONED = ", [a-z-]+ skin tone$"
-
-
-def _small_data(source: str) -> DataConfig:
-    return DataConfig(source=source, emphasis=_TONED, emphasis_repeats=3) if source == "emoji" else DataConfig(source)
+_EMOJI = DataConfig(source="emoji", emphasis=_TONED, emphasis_repeats=3)
 
 
 def _small_dvae(source: str) -> DVAETrainConfig:
-    # docs/demo.md has the measurements. With all codes alive from the start beta need not keep them so.
+    # docs/demo.md has the measurements. Taught codes are alive from the start: beta need not keep them so.
     return DVAETrainConfig(
         data=DataConfig(source=source),
-        loop=LoopConfig(steps=1200, batch_size=32, ema_decay=0.99, sample_every=400, save_every=400),
+        loop=LoopConfig(steps=1500, batch_size=32, ema_decay=0.99, sample_every=500, save_every=500),
         model=DVAEConfig(image_size=32, num_groups=3, width=24, vocab_size=256, decoder_init_width=32),
         learning_rate=4e-3,
         final_learning_rate=4e-5,
-        learning_rate_steps=1200,
-        beta=1.0,
+        learning_rate_steps=1500,
+        beta=0.1,
         beta_steps=1,
         initial_tau=0.5,
-        tau_steps=600,
-        codes="kmeans",
-        encoder_lr_scale=0.05,
+        tau_steps=500,
+        teacher_weight=1.0,
     )
 
 
 def _small_clip(source: str) -> CLIPTrainConfig:
+    if source == "shapes":
+        return CLIPTrainConfig(
+            data=DataConfig(source=source),
+            loop=LoopConfig(steps=600, batch_size=128, clip_norm=1.0, ema_decay=0.98, sample_every=200, save_every=300),
+            warmup_steps=50,
+        )
     return CLIPTrainConfig(
-        data=_small_data(source),
+        data=_EMOJI,
         loop=LoopConfig(steps=320, batch_size=128, clip_norm=1.0, ema_decay=0.98, sample_every=160, save_every=160),
         model=CLIPConfig(patch_size=8, text_len=16),
+        learning_rate=2e-3,
         warmup_steps=30,
     )
 
 
-def _small_dalle(source: str) -> DALLETrainConfig:
+def _shapes_dalle() -> DALLETrainConfig:
     return DALLETrainConfig(
-        data=_small_data(source),
+        data=DataConfig(source="shapes"),
+        loop=LoopConfig(
+            steps=3000, batch_size=64, clip_norm=4.0, ema_decay=0.95, ema_every=5, sample_every=500, save_every=500
+        ),
+        model=_small_transformer(text_len=24),
+        learning_rate=1.5e-3,
+        warmup_steps=150,
+        schedule="cosine",
+        caption_dropout=0.1,
+    )
+
+
+def _small_transformer(text_len: int) -> DALLEConfig:
+    return DALLEConfig(
+        width=256,
+        num_layers=4,
+        num_heads=4,
+        head_dim=64,
+        text_vocab_size=1024,
+        text_len=text_len,
+        image_vocab_size=256,
+        grid=(8, 8),
+        dropout=0.1,
+    )
+
+
+def _emoji_dalle() -> DALLETrainConfig:
+    return DALLETrainConfig(
+        data=_EMOJI,
         loop=LoopConfig(
             steps=1200, batch_size=32, clip_norm=4.0, ema_decay=0.95, ema_every=5, sample_every=400, save_every=400
         ),
-        model=DALLEConfig(
-            width=256,
-            num_layers=4,
-            num_heads=4,
-            head_dim=64,
-            text_vocab_size=1024,
-            text_len=16,
-            image_vocab_size=256,
-            grid=(8, 8),
-            dropout=0.1,
-        ),
+        model=_small_transformer(text_len=16),
         optimizer="dion",
         learning_rate=2.5e-3,
         warmup_steps=40,
@@ -161,8 +182,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "emoji-styles": _styles_clip,
     },
     "dalle": {
-        "emoji": lambda: _small_dalle("emoji"),
-        "shapes": lambda: _small_dalle("shapes"),
+        "emoji": _emoji_dalle,
+        "shapes": _shapes_dalle,
         **{f"paper-{size}": lambda size=size: _paper("dalle", size) for size in _PAPER_SIZES},
         "emoji-styles": _styles_dalle,
     },

@@ -11,10 +11,19 @@ import pytest
 import torch
 from tiny import small_system
 
+from dalle_fast.data import open_dataset
 from dalle_fast.errors import ConfigError
-from dalle_fast.evaluate import EvaluationOptions, frechet_distance, run_evaluation, write_report
+from dalle_fast.evaluate import (
+    EvaluationOptions,
+    frechet_distance,
+    judge_lines,
+    judge_table,
+    run_evaluation,
+    write_report,
+)
 from dalle_fast.evaluate.metrics import _best_of, _powers
-from dalle_fast.sample import System
+from dalle_fast.evaluate.report import verdict_of
+from dalle_fast.sample import SampleResult, System
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -79,15 +88,55 @@ def test_an_evaluation_has_its_numbers_and_a_self_contained_report(run_dir):
         assert numbers["frechet_clip"] >= 0
         assert "fid" not in numbers
         assert len(evaluation.samples[split]) == 3
+        assert set(evaluation.verdicts[split]) == {"kind", "tone", "all"}
+        for label, right in evaluation.verdicts[split].items():
+            assert right.shape == (3, 4)
+            assert list(numbers[f"{label}_best_of"]) == ["1", "2", "4"]
+            assert numbers[f"{label}_best_of"]["4"] == right[:, 0].mean()
+            assert numbers[f"{label}_any_of"]["4"] == right.any(1).mean()
+            assert numbers[f"{label}_of_originals"] == 1
+            assert 0 <= numbers[f"{label}_by_chance"] <= 1
+            assert 0 <= numbers[f"{label}_of_reconstructions"] <= 1
     assert told[-1] == ("heldout captions", 3, 3)
     paths = write_report(evaluation, run_dir)
     page = paths["report"].read_text()
     assert json.loads(paths["json"].read_text()) == evaluation.numbers
     assert "Held-out combinations" in page
+    assert "Right or wrong" in page
+    assert page.count("✓") + page.count("✗") == 2 * 3 * 4 * 2
     assert page.count("data:image/png;base64,") >= 2 * 3 * 5
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     for name in ("heldout", "seen", "reconstructions"):
         assert paths[name].stat().st_size > 1000
+
+
+def test_samples_that_are_originals_are_right_and_say_so(run_dir, monkeypatch):
+    dataset = open_dataset("emoji", "all", 16)
+    system = System.load(run_dir)
+
+    def sample(caption, options):
+        right = dataset[dataset.captions.index(caption)].image
+        wrong = np.full_like(right, 255)
+        order = torch.tensor([1, 0])  # what CLIP puts first was drawn second
+        return SampleResult(caption, np.stack([right, wrong]), torch.tensor([0.9, 0.1]), order, order[:, None], options)
+
+    monkeypatch.setattr(system, "sample", sample)
+    options = EvaluationOptions(num_losses=4, num_captions=3, num_samples=2)
+    evaluation = run_evaluation(system, "emoji", options, splits=("heldout",))
+    assert list(evaluation.numbers) == ["source", "options", "heldout"]
+    numbers = evaluation.numbers["heldout"]
+    for label in ("kind", "tone", "all"):
+        assert numbers[f"{label}_best_of"] == {"1": 0.0, "2": 1.0}
+        assert numbers[f"{label}_any_of"] == {"2": 1.0}
+    assert numbers["kind_by_chance"] == 0
+    rows = judge_table(evaluation.numbers)
+    assert rows[0][2:] == ["best of 1", "best of 2", "chance", "dVAE's ceiling", "originals"]
+    assert rows[1][2:4] == ["0.00", "1.00"]
+    assert verdict_of(evaluation.verdicts["heldout"], 0, 0) == {"kind": True, "tone": True}
+    assert len(judge_lines(evaluation.numbers)) == 4
+    page = write_report(evaluation, run_dir / "right", beside=("another <system>", evaluation))["report"].read_text()
+    assert page.count("✓") == page.count("✗") == 2 * 2 * 3
+    assert "For comparison: another &lt;system&gt;" in page
 
 
 def test_captions_are_escaped_in_the_report(run_dir):

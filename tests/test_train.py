@@ -29,8 +29,8 @@ CONFIGS = {
     "clip": lambda steps, **changes: clip_config(steps, **changes),
     "dalle": lambda steps, **changes: dalle_config(steps, **changes),
     "dalle_fp16": lambda steps, **changes: dalle_config(steps, precision="fp16-resblock", log_histograms=8, **changes),
-    "dvae_kmeans": lambda steps, **changes: dataclasses.replace(
-        dvae_config(steps, **changes), codes="kmeans", encoder_lr_scale=0.05, initial_tau=0.5
+    "dvae_taught": lambda steps, **changes: dataclasses.replace(
+        dvae_config(steps, **changes), teacher_weight=0.2, initial_tau=0.5
     ),
     "dalle_dion": lambda steps, **changes: dataclasses.replace(
         dalle_config(steps, optimizer="dion", schedule="cosine", **changes),

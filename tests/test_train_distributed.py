@@ -72,7 +72,7 @@ LAYOUTS = {  # kind, ranks, what changes
     "2 replicas of 2 shards": ("dalle", 4, {"shard": 2}),
     "4 shards, recomputed": ("dalle", 4, {"shard": 4, "checkpointing": True, "accumulate": 2}),
     "AdamW, 2 shards": ("dalle_adamw", 2, {"shard": 2}),
-    "k-means": ("dvae_kmeans", 2, {}),
+    "taught codes": ("dvae_taught", 2, {}),
     "Dion": ("dalle_dion", 2, {}),
 }
 

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "../core/bind.h"
@@ -45,6 +47,43 @@ T* read_number(const TensorArg& arg, const char* name, std::initializer_list<DTy
   return t.as<T>();
 }
 
+// Whether some elements may share memory: dimensions by stride, each beyond all that the smaller ones reach.
+bool may_overlap(const TensorRef& t) {
+  if (t.numel() == 0) return false;
+  bool seen[kMaxRank] = {};
+  int64_t reach = 0;
+  for (int k = 0; k < t.rank; ++k) {
+    int next = -1;
+    for (int i = 0; i < t.rank; ++i)
+      if (!seen[i] && (next < 0 || t.stride[i] < t.stride[next])) next = i;
+    seen[next] = true;
+    if (t.shape[next] == 1) continue;
+    if (t.stride[next] <= reach) return true;
+    reach += t.stride[next] * (t.shape[next] - 1);
+  }
+  return false;
+}
+
+// Elements from the first to the last in memory, the gaps counted; of a tensor with elements.
+int64_t extent(const TensorRef& t) {
+  int64_t last = 0;
+  for (int i = 0; i < t.rank; ++i) last += t.stride[i] * (t.shape[i] - 1);
+  return last + 1;
+}
+
+// Parameters are updated by several threads, each in its own memory. In most models they lie one behind the other.
+void refuse_shared(std::vector<std::pair<const float*, const float*>> ranges) {
+  const auto before = [](const auto& a, const auto& b) { return a.second <= b.first; };
+  const auto apart = [&] {
+    for (std::size_t i = 1; i < ranges.size(); ++i)
+      if (!before(ranges[i - 1], ranges[i])) return false;
+    return true;
+  };
+  if (apart()) return;
+  std::sort(ranges.begin(), ranges.end());
+  require(apart(), "params: expected tensors that share no memory, got two that do");
+}
+
 adamw16::Scalars* read_scalars(const TensorArg& arg, int64_t count, const Device& device) {
   const TensorRef t = arg.as("scalars");
   require_dtype(t, "scalars", {DType::kFloat32});
@@ -75,6 +114,14 @@ void bind_adamw16(pybind11::module_& m) {
     chunks.reserve(n);
     const adamw16::Scalars* scalars = nullptr;
     Device device;
+    std::vector<std::pair<const float*, const float*>> ranges;
+    ranges.reserve(n);
+    const auto refuse_overlap = [](const TensorRef& t, const char* name, std::size_t i) {
+      if (!t.is_contiguous() && may_overlap(t))
+        throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) +
+                                    "]: expected elements that share no memory, got strides " +
+                                    to_string(t.stride, t.rank));
+    };
     for (std::size_t i = 0; i < n; ++i) {
       const TensorRef param = read(param_args, i, "params", nullptr, {DType::kFloat32});
       if (i == 0) device = param.device;
@@ -83,6 +130,10 @@ void bind_adamw16(pybind11::module_& m) {
       const TensorRef grad = read(grad_args, i, "grads", &param, {DType::kFloat32, DType::kBFloat16, DType::kFloat64});
       const TensorRef mean = read(mean_args, i, "means", &param, {DType::kUInt16});
       const TensorRef variance = read(variance_args, i, "variances", &param, {DType::kUInt16});
+      refuse_overlap(param, "params", i);
+      refuse_overlap(mean, "means", i);
+      refuse_overlap(variance, "variances", i);
+      if (param.numel() > 0) ranges.emplace_back(param.as<float>(), param.as<float>() + extent(param));
       adamw16::Segment segment{};
       segment.param = param.as<float>();
       segment.grad = grad.data;
@@ -95,6 +146,7 @@ void bind_adamw16(pybind11::module_& m) {
                       variance.same_strides(param) && grad.dtype != DType::kFloat64;
       if (!ema_args.empty()) {
         const TensorRef ema = read(ema_args, i, "emas", &param, {DType::kFloat32});
+        refuse_overlap(ema, "emas", i);
         segment.ema = ema.as<float>();
         together = together && ema.same_strides(param);
       }
@@ -108,6 +160,7 @@ void bind_adamw16(pybind11::module_& m) {
       }
       segments.push_back(segment);
     }
+    refuse_shared(std::move(ranges));
     adamw16::Params params{};
     params.segments = segments.data();
     params.num_segments = static_cast<int64_t>(segments.size());

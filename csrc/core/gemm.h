@@ -9,10 +9,15 @@
 namespace dalle_fast {
 namespace DF_CPU_NAMESPACE {
 
-constexpr int kMicroVecs = kLanes == 16 ? 4 : 2;  // of the micro-kernel: 16 accumulators at 16 lanes, 8 at 8 or 4
-constexpr int64_t kMicroDepth = 128;              // rows of B between two visits of C: they stay in the nearest caches
+// Vectors of the micro-kernel: 16 accumulators where there are 32 registers, 12 where there are 16 (three vectors of B
+// and one element of A beside them).
+constexpr int kMicroVecs = kLanes == 16 ? 4 : 3;
+constexpr int64_t kMicroDepth = 128;  // rows of B between two visits of C: they stay in the nearest caches
 
-DF_INLINE constexpr int rows_of_micro(int vecs) { return kLanes == 16 ? (vecs == 4 ? 4 : 8) : 8 / vecs; }
+DF_INLINE constexpr int rows_of_micro(int vecs) {
+  if (kLanes == 16) return vecs == 4 ? 4 : 8;
+  return vecs == 3 ? 4 : vecs == 2 ? 6 : 8;
+}
 
 template <int R, int V, bool kTransA, bool kAdd>
 DF_INLINE void micro(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t b_vec, int64_t b_k,
@@ -38,8 +43,14 @@ void micro_rows(float* c, int64_t ldc, const float* a, int64_t lda, const float*
   constexpr int R = rows_of_micro(V);
   const int64_t a_row = kTransA ? 1 : lda;
   int64_t r = 0;
-  for (; r + R <= rows; r += R) micro<R, V, kTransA, kAdd>(c + r * ldc, ldc, a + r * a_row, lda, b, b_vec, b_k, depth);
-  for (; r < rows; ++r) micro<1, V, kTransA, kAdd>(c + r * ldc, ldc, a + r * a_row, lda, b, b_vec, b_k, depth);
+  const auto strip = [&](auto height) {
+    micro<decltype(height)::value, V, kTransA, kAdd>(c + r * ldc, ldc, a + r * a_row, lda, b, b_vec, b_k, depth);
+    r += decltype(height)::value;
+  };
+  while (rows - r >= R && (R != 6 || rows - r != 8)) strip(std::integral_constant<int, R>());
+  if constexpr (R > 4)  // eight rows are twice four rather than six and two
+    while (rows - r >= 4) strip(std::integral_constant<int, 4>());
+  while (rows - r > 0) strip(std::integral_constant<int, 1>());
 }
 
 template <bool kTransA, bool kAdd>
@@ -52,10 +63,8 @@ void gemm_columns(float* c, int64_t ldc, const float* a, int64_t lda, const floa
       micro_rows<V, kTransA, kAdd>(c + n, ldc, a, lda, b + n / kLanes * b_vec, b_vec, b_k, rows, depth);
   };
   panel(std::integral_constant<int, kMicroVecs>());
-  if constexpr (kMicroVecs == 4) {
-    panel(std::integral_constant<int, 3>());
-    panel(std::integral_constant<int, 2>());
-  }
+  if constexpr (kMicroVecs == 4) panel(std::integral_constant<int, 3>());
+  panel(std::integral_constant<int, 2>());
   panel(std::integral_constant<int, 1>());
 }
 

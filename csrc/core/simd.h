@@ -68,6 +68,8 @@ DF_INLINE V select(VecI mask, V a, V b) {
 DF_INLINE VecF vmax(VecF a, VecF b) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
 #endif
@@ -75,6 +77,8 @@ DF_INLINE VecF vmax(VecF a, VecF b) {
 DF_INLINE VecF vmin(VecF a, VecF b) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   return a < b ? a : b;
 #endif
@@ -216,6 +220,8 @@ DF_INLINE void storeu(fp16* p, VecF v) {
 DF_INLINE VecF load_n(const float* p, int n) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_maskload_ps(p, (__m256i)(lane_index() < splat_i(n)));
 #else
   VecF v = {};
   for (int i = 0; i < n; ++i) v[i] = p[i];
@@ -317,6 +323,10 @@ DF_INLINE void transpose_block(void* to, int64_t ldt, const void* from, int64_t 
 DF_INLINE float hsum(VecF v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 a = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 #else
   float a[kLanes];
   storeu(a, v);
@@ -328,6 +338,10 @@ DF_INLINE float hsum(VecF v) {
 DF_INLINE float hmax(VecF v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 a = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
 #else
   float a[kLanes];
   storeu(a, v);
@@ -419,7 +433,8 @@ DF_INLINE VecF exp2_fast(VecF x) {
 #if defined(__AVX512F__)
   const VecF n = (VecF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const VecF n = round_to_int(x);
+  const VecF biased = x + splat(12582912.0f + 127.0f);  // its last nine bits are n + 127
+  const VecF n = biased - splat(12582912.0f + 127.0f);
 #endif
   const VecF r = x - n;
   VecF p = splat(1.535336188319500e-4f);
@@ -432,7 +447,7 @@ DF_INLINE VecF exp2_fast(VecF x) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  return p * bit_cast<VecF>((__builtin_convertvector(n, VecI) + 127) << 23);
+  return p * bit_cast<VecF>(bit_cast<VecU>(biased) << 23);
 #endif
 }
 

@@ -140,18 +140,19 @@ void factor_columns(float* v, int64_t stride, int64_t depth, float* tau, const f
   if constexpr (kRest > 0) factor_columns<kRest - 1>(v, stride, depth, tau, next);
 }
 
-// gram[i, c] of the columns of V, i < c, tile by tile
+// gram[i, c] of the columns of V, i < c, tile by tile: 16 accumulators, or 8 where there are 16 registers
 void gram_of(float (&gram)[kPanel][kPanel], const float* v, int64_t stride, int64_t depth) {
-  constexpr int kTile = kLanes == 16 ? 4 : 2;
-  for (int i = 0; i < kPanel; i += kTile)
-    for (int c = i; c < kPanel; c += kTile) {
-      VecF acc[kTile][kTile] = {};
+  constexpr int kTall = kLanes == 16 ? 4 : 2, kWide = 4;
+  for (int i = 0; i < kPanel; i += kTall)
+    for (int c = i / kWide * kWide; c < kPanel; c += kWide) {
+      VecF acc[kTall][kWide] = {};
       for (int64_t k = 0; k < depth; k += kLanes)
-        for (int x = 0; x < kTile; ++x)
-          for (int y = 0; y < kTile; ++y)
-            acc[x][y] += loadu(v + (i + x) * stride + k) * loadu(v + (c + y) * stride + k);
-      for (int x = 0; x < kTile; ++x)
-        for (int y = 0; y < kTile; ++y) gram[i + x][c + y] = hsum(acc[x][y]);
+        for (int x = 0; x < kTall; ++x) {
+          const VecF row = loadu(v + (i + x) * stride + k);
+          for (int y = 0; y < kWide; ++y) acc[x][y] += row * loadu(v + (c + y) * stride + k);
+        }
+      for (int x = 0; x < kTall; ++x)
+        for (int y = 0; y < kWide; ++y) gram[i + x][c + y] = hsum(acc[x][y]);
     }
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Linear layer and cross-entropy. Per row of logits l with target t:
 //   loss = logsumexp(l) - l[t];  dl = scale / count * (softmax(l) - onehot(t)).
-// In float32 the CPU does all of it. Else the products are torch's, on a chunk of rows whose logits exist, and kernels
-// do what is between them; see dalle_fast/ops/linear_cross_entropy/op.py.
+// In float32 the CPU does all of it, and in bfloat16 without instructions for it. Else the products are torch's, on a
+// chunk of rows whose logits exist, and kernels do what is between them; see dalle_fast/ops/linear_cross_entropy/op.py.
 #pragma once
 
 #include <cstdint>

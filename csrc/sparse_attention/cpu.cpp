@@ -178,21 +178,22 @@ void forward_tile(const Params& p, const Layout& layout, const Workspace& w, con
   float shifts[kTile], sums[kTile] = {};  // to whole vectors
   const auto softmax = [&](int64_t r, int64_t begin, int64_t end) {
     float* row = w.s + r * w.width;
-    VecF best = splat(kMinusInf);
+    VecF best[2] = {splat(kMinusInf), splat(kMinusInf)};  // two chains: one would wait for its own maxima
     for_each_vector(c, bias, tile, r, begin, end, [&](int64_t i, VecI seen, auto all) {
       const VecF x = loadu(row + i);
-      best = vmax(all ? x : select(seen, x, best), best);
+      VecF& to = best[i / kLanes % 2];
+      to = vmax(all ? x : select(seen, x, to), to);
     });
-    const float shift = hmax(best);
-    VecF sum = {};
+    const float shift = hmax(vmax(best[0], best[1]));
+    VecF sum[2] = {};
     for_each_vector(c, bias, tile, r, begin, end, [&](int64_t i, VecI seen, auto all) {
       const VecF e = exp2_fast(loadu(row + i) - splat(shift));
       const VecF x = all ? e : select(seen, e, VecF{});
       storeu(row + i, x);
-      sum += x;
+      sum[i / kLanes % 2] += x;
     });
     shifts[r] = shift;
-    sums[r] = hsum(sum);
+    sums[r] = hsum(sum[0] + sum[1]);
   };
   for (int64_t r = 0; !c.image && r < tile.count; ++r) softmax(r, 0, 0);
   for_each_strip<kScoreRows>(layout, tile, c, [&](const Strip& strip) {

@@ -25,7 +25,7 @@ def _text(value: Any) -> bool:
 
 
 def _error(value: Any) -> bool:
-    return type(value) in (int, float) and (math.isnan(value) or value >= 0)
+    return _number(value) or (type(value) is float and (math.isnan(value) or value == math.inf))
 
 
 _ROW: dict[str, Check] = {"median_ms": _positive, "best_ms": _positive, "floor_ms": _number, "share": _number,
@@ -87,12 +87,13 @@ def _row(where: str, row: Any) -> str | None:
         return wrong
     if not isinstance(row.get("peers"), dict):
         return f"{where}.peers: expected an object, got {shown(row.get('peers'))}"
-    if "median_ms" not in row:
-        return _fields(where, row, {"failed" if "failed" in row else "skipped": _text})
-    wrong = _fields(where, row, _ROW)
+    if "median_ms" in row:
+        wrong = _fields(where, row, _ROW)
+    else:
+        wrong = _fields(where, row, {"failed" if "failed" in row else "skipped": _text})
     for name, peer in row["peers"].items():
         if isinstance(peer, dict):
-            wrong = wrong or _fields(f"{where}.peers.{name[:80]}", peer, _PEER)
+            wrong = wrong or _fields(f"{where}.peers.{shown(name)[1:-1]}", peer, _PEER)
     return wrong
 
 
@@ -103,7 +104,7 @@ def _call(where: str, call: Any) -> str | None:
 def _peers(where: str, value: dict, check: Check) -> str | None:
     if not isinstance(value.get("peers"), dict):
         return f"{where}.peers: expected an object, got {shown(value.get('peers'))}"
-    return next((w for k, v in value["peers"].items() if (w := _is(f"{where}.peers.{k[:80]}", v, check))), None)
+    return next((w for k, v in value["peers"].items() if (w := _is(f"{where}.peers.{shown(k)[1:-1]}", v, check))), None)
 
 
 def _curve(where: str, curve: Any) -> str | None:

@@ -92,9 +92,9 @@ def load(path: str | Path) -> dict:
     try:
         report = parse_json(read_bytes(path))
     except OSError as error:
-        raise BenchError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise BenchError(f"{path}: not a benchmark result ({error.strerror or error})") from None
     except ValueError as error:
-        raise BenchError(f"{path}: not JSON ({error})") from None
+        raise BenchError(f"{path}: not a benchmark result (not JSON: {error})") from None
     if wrong := wrong_in(report):
         raise BenchError(f"{path}: not a benchmark result ({wrong})")
     if "roofs" in report["table"]:  # as results before December 2026 call them
@@ -219,7 +219,7 @@ def side_by_side(reports: list[dict]) -> str:
 def title(report: dict) -> str:
     """What a column of a result is called: the processor's instructions, and whether it was limited to them."""
     machine = report["machine"]
-    return f"{machine['cpu_level']}{' (limited)' if 'limited_by' in machine else ''}"
+    return f"{machine.get('cpu_level', machine['device'])}{' (limited)' if 'limited_by' in machine else ''}"
 
 
 def _fastest_peer(row: dict) -> str | None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..evaluate import Evaluation, EvaluationOptions, judge_table, run_evaluation, write_report
-from ..presets import PRESETS, preset
+from ..evaluate import Evaluation, EvaluationOptions, judge_lines, run_evaluation, write_report
+from ..presets import preset
 from ..sample import System
 from ..train import run
 from ..train.config import with_steps
@@ -21,7 +21,7 @@ from .plan import LOOKS, MINUTES, NAMES, STAGES, Plan, make_plan
 from .shipped import Shipped
 
 QUALITY = {"kind": 0.6, "tone": 0.9}
-"""Shares of held-out captions, best of eight by CLIP, that the updates of the presets are known to reach."""
+"""Shares of held-out captions, best of eight by CLIP, that the updates of the presets are meant to reach."""
 _NUM_SAMPLES = 8
 _RULES = {
     "dvae": "pictures to tokens and back",
@@ -35,9 +35,9 @@ def run_demo(
 ) -> Path:
     """Trains the whole system to a quality, and writes `report.html`; a second call goes on.
 
-    The presets say how many updates reach the quality. A few updates of each stage are timed first; where all do not
-    fit into `minutes`, each stage gets the same share of them. Nothing looks at the held-out captions to decide when to
-    stop.
+    The presets say how many updates are meant to reach the quality. A few updates of each stage are timed first; where
+    all do not fit into `minutes`, each stage gets the same share of them. Nothing looks at the held-out captions to
+    decide when to stop.
 
     Args:
         minutes: allowed for everything together; None: 25, or what the folder's demo was planned for.
@@ -54,7 +54,7 @@ def run_demo(
     """
     if minutes is not None and not 0 < minutes < 1e5:
         raise ConfigError(f"minutes: expected a positive number, got {minutes}")
-    if data not in PRESETS["dalle"] or data.startswith("paper"):
+    if data not in ("emoji", "shapes"):
         raise ConfigError(f"data: expected emoji or shapes, got {data!r}")
     run_dir = Path(run_dir)
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
@@ -153,9 +153,9 @@ def summary(evaluation: Evaluation, plan: Plan, beside: tuple[str, Evaluation] |
         if "accuracy_best_of" in n:
             line += f", exact-checker accuracy {list(n['accuracy_best_of'].values())[-1]:.2f}"
         lines.append(line)
-    lines += _aligned(judge_table(numbers))
+    lines += judge_lines(numbers)
     if beside is not None:
-        lines += ["", f"    The same by {beside[0]}:", *_aligned(judge_table(beside[1].numbers))]
+        lines += ["", f"    The same by {beside[0]}:", *judge_lines(beside[1].numbers)]
     lines += _verdict(numbers.get("heldout", {}), plan)
     return "\n".join(lines)
 
@@ -173,21 +173,13 @@ def _verdict(heldout: dict[str, Any], plan: Plan) -> list[str]:
     lines = ["", f"    Held out: {text}: not reached."]
     if plan.share < 0.999:
         lines.append(
-            f"    This run had {plan.share:.0%} of the updates. All of them: "
+            f"    This run had {plan.share:.1%} of the updates. All of them: "
             f"dalle-fast demo --minutes {-(-plan.minutes_for_all() // 1):.0f} --run runs/longer"
         )
     else:
         error = (0.25 / plan.num_captions) ** 0.5
         lines.append(f"    All updates were done; {plan.num_captions} captions tell shares to about {error:.2f}.")
     return lines
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))] if rows else []
-    return [
-        "    " + "  ".join(f"{cell:<{w}}" if c < 2 else f"{cell:>{w}}" for c, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
 
 
 class _Progress:

@@ -50,7 +50,7 @@ class Plan:
     minutes: float
     """Allowed in all."""
     updates: dict[str, int]
-    """stage -> updates that reach the quality."""
+    """stage -> updates of the presets, which are meant to reach the quality."""
     costs: dict[str, StageCost]
     caption_seconds: float
     """For sampling one caption."""
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """Of the updates that reach the quality, the least over the stages."""
+        """Of the presets' updates, the least over the stages."""
         return min(self.steps[stage] / self.updates[stage] for stage in STAGES)
 
     def expected(self, slower: float = 1.0) -> dict[str, float]:
@@ -84,7 +84,7 @@ class Plan:
     def fitted(self, done: frozenset[str] | set[str] = frozenset()) -> Plan:
         """The plan with the updates that fit, for the stages that have not begun.
 
-        Never more than those that reach the quality. Stages that took longer than expected leave less to the others:
+        Never more than those of the presets. Stages that took longer than expected leave less to the others:
         they are taken to be as much slower.
 
         Args:
@@ -106,7 +106,8 @@ class Plan:
         room -= sum(self.costs[stage].seconds(0) for stage in left)
         wanted = sum(self.updates[stage] * self.costs[stage].update for stage in left)
         share = min(1.0, max(room, 0.0) / max(wanted, 1e-9))
-        steps = {stage: max(_MIN_STEPS, math.floor(self.updates[stage] * share + 1e-9)) for stage in left}
+        least = {stage: min(_MIN_STEPS, self.updates[stage]) for stage in left}
+        steps = {stage: max(least[stage], math.floor(self.updates[stage] * share + 1e-9)) for stage in left}
         return dataclasses.replace(self, steps={**self.steps, **steps}, num_captions=captions)
 
     def describe(self) -> str:
@@ -120,8 +121,8 @@ class Plan:
         text += f"Expect {_minutes(sum(times.values()))} minutes: {', '.join(parts)}."
         if self.share < 0.999:
             text += (
-                f"\n{self.minutes:g} minutes are allowed (--minutes): enough for {self.share:.0%} of the updates that "
-                f"reach the quality. All of them take about {math.ceil(self.minutes_for_all())} minutes here."
+                f"\n{self.minutes:g} minutes are allowed (--minutes): enough for {_percent(self.share)} of the updates "
+                f"of the presets. All of them take about {math.ceil(self.minutes_for_all())} minutes here."
             )
         return text
 
@@ -164,6 +165,10 @@ def make_plan(
     """The plan of a machine with these costs; see `Plan`."""
     plan = Plan(data, minutes, dict(updates), dict(costs), caption_seconds, reserved, dict(updates))
     return plan.fitted()
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "less than 1%"
 
 
 def _minutes(seconds: float) -> str:

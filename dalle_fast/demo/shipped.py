@@ -38,7 +38,7 @@ class Shipped:
         size = self.system.dvae.config.image_size
         dataset = open_dataset("emoji", "heldout", size)
         chosen = [dataset[i * len(dataset) // _CAPTIONS] for i in range(_CAPTIONS)]
-        options = SampleOptions(num_samples=_SAMPLES, temperature=0.7)
+        options = SampleOptions(num_samples=_SAMPLES, temperature=0.5)
         rows = [[s.image, *self.system.sample(s.caption, options).images] for s in chosen]
         headers = ["original"] + [f"sample {i + 1}" for i in range(_SAMPLES)]
         run_dir.mkdir(parents=True, exist_ok=True)

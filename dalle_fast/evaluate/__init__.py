@@ -6,7 +6,7 @@ from __future__ import annotations
 from .frechet import frechet_distance
 from .judge import Judge, Judgement, judge_for
 from .metrics import Evaluation, EvaluationOptions, run_evaluation
-from .report import judge_table, sample_sheet, write_report
+from .report import judge_lines, judge_table, sample_sheet, write_report
 
 __all__ = [
     "Evaluation",
@@ -15,6 +15,7 @@ __all__ = [
     "Judgement",
     "frechet_distance",
     "judge_for",
+    "judge_lines",
     "judge_table",
     "run_evaluation",
     "sample_sheet",

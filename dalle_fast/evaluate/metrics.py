@@ -30,7 +30,7 @@ class EvaluationOptions:
     """Captions per split to sample."""
     num_samples: int = 8
     """Candidates per caption; the curve over N uses its powers of two."""
-    temperature: float = 0.7
+    temperature: float = 0.5
     """Temperature of the samples."""
     guidance_scale: float = 1.0
     """Guidance of the samples."""

@@ -126,6 +126,16 @@ def judge_table(numbers: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def judge_lines(numbers: dict[str, Any]) -> list[str]:
+    """`judge_table` in columns for a terminal."""
+    rows = judge_table(numbers)
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))] if rows else []
+    return [
+        "    " + "  ".join(f"{cell:<{w}}" if c < 2 else f"{cell:>{w}}" for c, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+
+
 def _judge_table_html(numbers: dict[str, Any]) -> str:
     head, *rows = judge_table(numbers) or [[]]
     if not rows:

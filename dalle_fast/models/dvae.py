@@ -79,6 +79,8 @@ class DVAELoss(NamedTuple):
     """KL to the uniform prior, without beta."""
     stats: torch.Tensor
     """[B, 6, H, W] decoder output (mu, ln b), detached: for pictures and errors."""
+    taught: torch.Tensor | None = None
+    """Mean cross-entropy of the codes with `targets`, with its gradient; not part of the loss. None without targets."""
 
 
 class _Coder(nn.Module):
@@ -213,6 +215,7 @@ class DVAE(nn.Module):
         seed: int = 0,
         offset: int = 0,
         row_offset: int = 0,
+        targets: torch.Tensor | None = None,
     ) -> DVAELoss:
         """The relaxed evidence lower bound (section 2.1).
 
@@ -223,6 +226,7 @@ class DVAE(nn.Module):
             seed: seed of the Gumbel noise.
             offset: which noise under that seed: the training step.
             row_offset: index of the first grid cell in the global batch, for data-parallel and accumulated batches.
+            targets: [B, h, w] int64, codes that the encoder is to learn; see `taught`.
 
         Returns:
             Scalars and the detached decoder output.
@@ -234,6 +238,10 @@ class DVAE(nn.Module):
         for block in blocks:
             x = block(x)
         x = head.relu(x)
+        taught = None
+        if targets is not None:
+            with full_precision(x):
+                taught = torch.nn.functional.cross_entropy(head.conv(x), targets)
         with full_precision(x):  # codes that are never laid out: z is the stem's output
             z, kl = vq_bottleneck(
                 x.to(head.conv.w.dtype),
@@ -252,4 +260,4 @@ class DVAE(nn.Module):
         values = images[0].numel()
         nll = logit_laplace_nll(stats, map_pixels(images)).mean()
         kl = kl.sum() / (images.shape[0] * values)
-        return DVAELoss(nll + beta * kl, nll.detach(), kl.detach(), stats.detach())
+        return DVAELoss(nll + beta * kl, nll.detach(), kl.detach(), stats.detach(), taught)

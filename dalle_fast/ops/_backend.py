@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from ._checks import shown
+
 try:
     from dalle_fast import _C
 except ImportError as error:  # no compiler when it was installed, or a binary for another Python
@@ -67,6 +69,12 @@ CUDA_ROOMS: set[str] = {
 }
 
 
+def check_backend(backend: str) -> None:
+    """Raises ValueError for what is not one of BACKENDS."""
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {shown(backend)}")
+
+
 _CUDA_PROBLEMS: dict[int, str] = {}  # of each device that an op has met
 
 
@@ -113,8 +121,7 @@ def choose(room: str, backend: str, tensor: torch.Tensor, *, supported: bool = T
         ValueError: `backend` is not one of BACKENDS.
         RuntimeError: an explicit choice cannot run; the message says why.
     """
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     if backend == "reference":
         return "reference"
     device_type = tensor.device.type

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..ops._backend import check_backend
+from ..ops._checks import check_bool, check_tensor, finite, shown
 from ..ops.adamw16 import adamw16
 from .shards import local_part
 
@@ -37,7 +39,8 @@ class AdamW16(torch.optim.Optimizer):
     `torch.amp.GradScaler` leaves unscaling and skipping to `step()`, as with the fused optimizers of torch.
 
     Raises:
-        ValueError: a hyperparameter is out of range.
+        TypeError: a parameter is no strided tensor, or a hyperparameter of the wrong type.
+        ValueError: a hyperparameter is out of range, or there are no parameters, or one is there twice.
 
     Example:
         >>> layer = torch.nn.Linear(4, 4)
@@ -60,18 +63,6 @@ class AdamW16(torch.optim.Optimizer):
         capturable: bool = False,
         backend: str = "auto",
     ) -> None:
-        for name, value, low, high in (
-            ("lr", lr, 0.0, float("inf")),
-            ("betas[0]", betas[0], 0.0, 1.0),
-            ("betas[1]", betas[1], 0.0, 1.0),
-            ("eps", eps, 0.0, float("inf")),
-            ("weight_decay", weight_decay, 0.0, float("inf")),
-            ("ema_decay", ema_decay or 0.0, 0.0, 1.0),
-        ):
-            if not low <= value < high:
-                raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}), got {value}")
-        if not 0 < variance_clip < 15.99:
-            raise ValueError(f"variance_clip: expected a number in (0, 15.99), got {variance_clip}")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -82,6 +73,14 @@ class AdamW16(torch.optim.Optimizer):
             "capturable": capturable,
             "backend": backend,
         }
+        _check_options(defaults)
+        if isinstance(params, torch.Tensor) or not isinstance(params, Iterable):
+            raise TypeError(f"params: expected an iterable of tensors or of groups, got {shown(params)}")
+        params = list(params)
+        if not params:
+            raise ValueError("params: expected at least one tensor or group, got none")
+        if any(isinstance(group, dict) for group in params) and not all(isinstance(group, dict) for group in params):
+            raise TypeError("params: expected tensors or groups, got both")
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -91,8 +90,31 @@ class AdamW16(torch.optim.Optimizer):
             group.setdefault("capturable", False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim."""
-        super().add_param_group(param_group)
+        """As in torch.optim.
+
+        Raises:
+            TypeError: it is no group of strided tensors.
+            ValueError: a hyperparameter is out of range, or a tensor is not a leaf or in a group already.
+        """
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f'param_group: expected a dict with "params", got {shown(param_group)}')
+        params = param_group["params"]
+        if isinstance(params, (str, bytes, set)) or not isinstance(params, (torch.Tensor, Iterable)):
+            raise TypeError(f"params: expected a tensor or an iterable of them, got {shown(params)}")
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        there = {id(p) for group in self.param_groups for p in group["params"]}
+        for i, p in enumerate(p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params):  # named ones
+            if not isinstance(p, torch.Tensor):
+                raise TypeError(f"params[{i}]: expected a torch.Tensor, got {shown(p)}")
+            if p.layout is not torch.strided or p.is_nested:
+                raise TypeError(f"params[{i}]: expected a dense tensor, got {shown(p)} without strides")
+            if not (p.is_leaf or p.retains_grad):
+                raise ValueError(f"params[{i}]: expected a leaf, got the result of {p.grad_fn.name()}")
+            if id(p) in there:
+                raise ValueError(f"params[{i}]: expected each tensor once, got one that is in a group already")
+            there.add(id(p))
+        _check_options({**self.defaults, **param_group})
+        super().add_param_group({**param_group, "params": params})
         group = self.param_groups[-1]
         if group["capturable"]:
             group["lr"] = _as_tensor(group["lr"], group)
@@ -116,9 +138,12 @@ class AdamW16(torch.optim.Optimizer):
             What `closure` returned.
 
         Raises:
-            TypeError: a parameter is not float32, or its gradient is sparse.
+            TypeError: a parameter is not float32, its gradient is sparse or of a wrong dtype, or `grad_scale` or
+                `found_inf` is of the wrong type.
+            ValueError: `grad_scale` is not positive, elements of a parameter, or two parameters, share memory.
             RuntimeError: a CUDA graph is being captured and a group is not capturable.
         """
+        grad_scale = _checked_scale(grad_scale, found_inf)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -162,8 +187,9 @@ class AdamW16(torch.optim.Optimizer):
 
     @staticmethod
     def _check(p: torch.Tensor) -> None:
-        if p.dtype != torch.float32 or p.grad.is_sparse:
-            what = "a sparse gradient" if p.grad.is_sparse else f"dtype {p.dtype}"
+        sparse = p.grad.layout is not torch.strided
+        if p.dtype != torch.float32 or sparse:
+            what = "a sparse gradient" if sparse else f"dtype {p.dtype}"
             raise TypeError(f"params: expected dense float32, got {what}")
 
     def _update(
@@ -227,10 +253,55 @@ class AdamW16(torch.optim.Optimizer):
         return torch.empty_like(p, dtype=value.dtype).copy_(value.detach())
 
 
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for hyperparameters that cannot be."""
+    betas = options["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas: expected two numbers, got {shown(betas)}")
+    lr, ema_decay = options["lr"], options["ema_decay"]
+    if isinstance(lr, torch.Tensor):
+        if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"lr: expected a number or a float64 or float32 tensor of one element, got {shown(lr)}")
+        lr = 0.0 if lr.device.type != "cpu" else float(lr)  # the host does not wait for a device
+    for name, value, low, high in (
+        ("lr", lr, 0.0, float("inf")),
+        ("betas[0]", betas[0], 0.0, 1.0),
+        ("betas[1]", betas[1], 0.0, 1.0),
+        ("eps", options["eps"], 0.0, float("inf")),
+        ("weight_decay", options["weight_decay"], 0.0, float("inf")),
+        ("ema_decay", 0.0 if ema_decay is None else ema_decay, 0.0, 1.0),
+    ):
+        if not low <= finite(name, value) < high:
+            raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}), got {value}")
+    if not 0 < finite("variance_clip", options["variance_clip"]) < 15.99:
+        raise ValueError(f"variance_clip: expected a number in (0, 15.99), got {options['variance_clip']}")
+    check_bool("capturable", options["capturable"])
+    check_backend(options["backend"])
+
+
+def _checked_scale(grad_scale: Any, found_inf: Any) -> float | torch.Tensor:
+    """`grad_scale`, a number as a float."""
+    if found_inf is not None:
+        _check_element("found_inf", found_inf)
+    if isinstance(grad_scale, torch.Tensor):
+        _check_element("grad_scale", grad_scale)
+        return grad_scale
+    scale = finite("grad_scale", grad_scale)
+    if not scale > 0:
+        raise ValueError(f"grad_scale: expected a positive number, got {grad_scale}")
+    return scale
+
+
+def _check_element(name: str, value: Any) -> None:
+    check_tensor(name, value, (torch.float32,), "a float32")
+    if value.numel() != 1:
+        raise ValueError(f"{name}: expected one element, got shape {list(value.shape)}")
+
+
 def _as_tensor(lr: float | torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
     if isinstance(lr, torch.Tensor):
         return lr
-    return torch.full((), lr, dtype=torch.float64, device=group["params"][0].device)
+    return torch.full((), float(lr), dtype=torch.float64, device=group["params"][0].device)
 
 
 def _on(device: torch.device, value: Any) -> Any:

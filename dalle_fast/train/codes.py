@@ -1,93 +1,60 @@
 # SPDX-License-Identifier: MIT
-"""A dVAE that begins with a code book: k-means on what its untrained encoder makes of some pictures."""
+"""A teacher for the codes of a dVAE: k-means on the pixels of grid cells."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ..models import DVAE
-from ..nn import map_pixels
 
-MEAN_ENTROPY = 0.5
-"""Nats that the encoder's first distributions over the codes have on average: sure, and still open to change."""
-_ROUNDS = 8
-_WINDOW = 0.3
-"""Deviation of the Gaussian window on the first convolution, in sides of a cell. Measured at 4 pixels a cell: the mean
-patch of each code has an error of 0.0237 without, 0.0199 at 0.5, 0.0179 at 0.3, 0.0216 at 0.125."""
+_ROUNDS = 10
 
 
-@torch.no_grad()
-def begin_with_codes(dvae: DVAE, images: torch.Tensor, seed: int = 0) -> None:
-    """Sets the encoder's two ends and the decoder's stem so that all codes are alive before the first update.
+class CodeTeacher:
+    """Tells every grid cell its code: the nearest of V centres, each a patch of pixels.
 
-    From random weights a relaxed code book begins with a dozen codes, and most updates of a short run go by until the
-    others are found. A random encoder keeps enough of a picture for its features to be clustered instead. With centres
-    c_k of k-means over all grid cells, the head becomes l_k = s (c_k x - |c_k|^2 / 2), whose argmax is the nearest
-    centre, s such that softmax(l) has a mean entropy of 1 nat; the stem gives code k a random orthogonal projection of
-    c_k, so that like codes begin alike.
-
-    The first convolution, 7 x 7, gets a Gaussian window, at the same norm: a cell's features are to be about its own
-    pixels first.
-
-    The features move under the head, whose logits grow with s: train the encoder with smaller steps than the decoder
-    (`DVAETrainConfig.encoder_lr_scale`).
+    A relaxed code book begins with a dozen codes, and most updates of a short run go by until others are found; codes
+    given by the data are all in use at once. The encoder learns them by a cross-entropy beside the evidence lower
+    bound (`DVAETrainConfig.teacher_weight`), which goes on choosing what serves the decoder.
 
     Args:
-        dvae: fresh, any memory format.
         images: [N, 3, H, W] floating in [0, 1], of the training set; N * h * w cells, at least as many as codes.
-        seed: of the first centres and the projection.
+        num_codes: V.
+        downsampling: side of a cell in pixels.
+        seed: of the first centres.
 
     Raises:
         ValueError: fewer cells than codes.
     """
-    *blocks, head = dvae.encoder.blocks
-    _narrow(dvae.encoder.blocks.input.w, _WINDOW * dvae.config.downsampling)
-    features = []
-    for part in images.split(64):
-        x = map_pixels(part)
-        for block in blocks:
-            x = block(x)
-        features.append(head.relu(x).float().permute(0, 2, 3, 1).flatten(0, 2))
-    x = torch.cat(features)  # [cells, C]
-    generator = torch.Generator().manual_seed(seed)
-    centres = kmeans(x, dvae.config.vocab_size, _ROUNDS, generator)
-    half = centres.square().sum(1) / 2
-    chosen = x[torch.randperm(x.shape[0], generator=generator)[:4096].to(x.device)]
-    scale = _scale_for(chosen @ centres.t() - half, MEAN_ENTROPY)
-    head.conv.w.copy_((scale * centres)[:, :, None, None])
-    head.conv.b.copy_(scale * (half.mean() - half))
 
-    stem = dvae.decoder.blocks.input
-    width, channels = stem.w.shape[0], centres.shape[1]
-    square = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(square)[0][:, :width].to(centres)  # [C, min(width, C)]
-    vectors = (centres - centres.mean(0)) @ basis
-    stem.w[: vectors.shape[1]] = (vectors / vectors.std().clamp(min=1e-6)).t()[:, :, None, None]
+    def __init__(self, images: torch.Tensor, num_codes: int, downsampling: int, seed: int = 0) -> None:
+        self.downsampling = downsampling
+        patches = self._patches(images).flatten(0, 2)
+        self.centres = kmeans(patches, num_codes, _ROUNDS, torch.Generator().manual_seed(seed))
+        """[V, 3 * downsampling^2]."""
 
+    def _patches(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] -> [B, h, w, 3 * downsampling^2]."""
+        return F.pixel_unshuffle(images.contiguous(), self.downsampling).permute(0, 2, 3, 1)
 
-def _narrow(weight: torch.Tensor, deviation: float) -> None:
-    """[out, in, k, k] times a Gaussian around its middle, at the norm it had."""
-    side = weight.shape[-1]
-    offsets = torch.arange(side, device=weight.device) - (side - 1) / 2
-    window = torch.exp(-(offsets[:, None].square() + offsets.square()) / (2 * deviation**2))
-    norm = weight.norm()
-    weight.mul_(window)
-    weight.mul_(norm / weight.norm())
+    @torch.no_grad()
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] -> [B, h, w] int64."""
+        return (self._patches(images) @ self.centres.t() - self.centres.square().sum(1) / 2).argmax(-1)
+
+    @torch.no_grad()
+    def set_codebook(self, dvae: DVAE, seed: int = 0) -> None:
+        """Gives the decoder's codes projections of their patches, of deviation 1, in place: like codes begin alike."""
+        weight = dvae.decoder.blocks.input.w  # [D, V, 1, 1]
+        centres = self.centres - self.centres.mean(0)
+        generator = torch.Generator().manual_seed(seed)
+        projection = torch.randn(centres.shape[1], weight.shape[0], generator=generator).to(centres)
+        vectors = centres @ projection
+        weight.copy_((vectors / vectors.std().clamp(min=1e-6)).t()[:, :, None, None])
 
 
-def _scale_for(logits: torch.Tensor, entropy: float) -> float:
-    """The s for which softmax(s logits) has this mean entropy, by bisection between 2^-40 and 2^40."""
-    low, high = -40.0, 40.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        log_p = (logits * 2**middle).log_softmax(1)
-        if float(-(log_p.exp() * log_p).sum(1).mean()) > entropy:
-            low = middle
-        else:
-            high = middle
-    return 2**middle
-
-
+@torch.no_grad()
 def kmeans(x: torch.Tensor, num_centres: int, num_rounds: int, generator: torch.Generator) -> torch.Tensor:
     """Centres by k-means++ (Arthur and Vassilvitskii 2007) and Lloyd's rounds.
 

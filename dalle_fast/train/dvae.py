@@ -16,7 +16,7 @@ from ..models import DVAE, DVAEConfig
 from ..optim.schedules import cosine
 from ..parallel.world import World
 from ..sample import contact_sheet, to_uint8
-from .codes import begin_with_codes
+from .codes import CodeTeacher
 from .config import LARGEST, DataConfig, LoopConfig, require_betas
 from .recipe import Recipe
 
@@ -50,19 +50,15 @@ class DVAETrainConfig:
     """AdamW's decay."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moments."""
-    codes: str = "random"
-    """Code book before the first update: "random" weights as in the paper, or "kmeans" (`train.codes`): all codes alive
-    from the start, for runs too short to find them."""
-    encoder_lr_scale: float = 1.0
-    """Step size of the encoder, in those of the decoder; "kmeans" wants it small."""
+    teacher_weight: float = 0.0
+    """Weight of a cross-entropy that teaches the encoder codes found by k-means on pixels (`train.codes`), all in use
+    from the start; 0 as in the paper. For runs too short to find codes of their own."""
 
     def __post_init__(self) -> None:
         self.loop.refuse_transformer_options("dvae")
         if not 0 < self.final_tau <= 1:
             raise ConfigError(f"final_tau: expected a number in (0, 1], got {self.final_tau}")
-        if self.codes not in ("random", "kmeans"):
-            raise ConfigError(f"codes: expected random or kmeans, got {self.codes!r}")
-        rates = ("learning_rate", "beta", "weight_decay", "final_learning_rate", "encoder_lr_scale")
+        rates = ("learning_rate", "beta", "weight_decay", "final_learning_rate", "teacher_weight")
         require_numbers(self, **dict.fromkeys(rates, (0, math.inf)), initial_tau=(0, math.inf))
         require_ints(self, **dict.fromkeys(("learning_rate_steps", "beta_steps", "tau_steps"), LARGEST))
         require_betas(self.betas)
@@ -80,31 +76,23 @@ class DVAERecipe(Recipe):
         self.image_size = config.model.image_size
         self.dataset = self.open_data()
         self.model = DVAE(config.model).to(device, memory_format=torch.channels_last)
-        if config.codes == "kmeans":
-            self._begin_with_codes()
+        self.teacher = self._find_codes() if config.teacher_weight else None
 
-    def _begin_with_codes(self) -> None:
-        """The same on all ranks: the first rank's, of pictures that the seed chooses."""
+    def _find_codes(self) -> CodeTeacher:
+        """From pictures that the seed chooses; the same on all ranks."""
         seed, count = self.loop.seed, min(_PICTURES_FOR_CODES, len(self.dataset))
-        if self.world.is_first:
-            chosen = sample_indices(seed, 0, count, len(self.dataset))
-            images = load_batch(self.dataset, chosen, size=self.image_size).images.to(self.device).float() / 255
-            begin_with_codes(self.model, images.contiguous(memory_format=torch.channels_last), seed)
-        encoder, decoder = self.model.encoder.blocks, self.model.decoder.blocks
-        for conv in (encoder.input, encoder.output.conv, decoder.input):
-            for parameter in (conv.w, conv.b):
-                values = parameter.detach().contiguous()  # a copy where the layout is channels_last
-                parameter.data.copy_(self.world.spread(values))
+        chosen = sample_indices(seed, 0, count, len(self.dataset))
+        images = load_batch(self.dataset, chosen, size=self.image_size).images.to(self.device).float() / 255
+        model = self.config.model
+        teacher = CodeTeacher(images, model.vocab_size, model.downsampling, seed)
+        self.world.spread(teacher.centres)
+        teacher.set_codebook(self.model, seed)
+        return teacher
 
     def optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        if config.encoder_lr_scale == 1:
-            parameters: Any = self.model.parameters()
-        else:
-            coders = ((self.model.decoder, 1.0), (self.model.encoder, config.encoder_lr_scale))
-            parameters = [{"params": list(coder.parameters()), "lr_scale": scale} for coder, scale in coders]
         return torch.optim.AdamW(
-            parameters,
+            self.model.parameters(),
             config.learning_rate,
             betas=config.betas,
             eps=1e-8,
@@ -124,15 +112,20 @@ class DVAERecipe(Recipe):
     def loss(self, inputs, rows, step):
         config = self.config
         cells = self.model.grid[0] * self.model.grid[1]
+        images = inputs["images"][rows]
         out = self.model(
-            inputs["images"][rows],
+            images,
             tau=cosine(step, config.initial_tau, config.final_tau, config.tau_steps),
             beta=cosine(step, 0.0, config.beta, config.beta_steps),
             seed=self.loop.seed,
             offset=step,
             row_offset=(self.rows.start + rows.start) * cells,
+            targets=None if self.teacher is None else self.teacher.tokens(images),
         )
-        return out.loss, {"nll": out.nll, "kl": out.kl}
+        if self.teacher is None:
+            return out.loss, {"nll": out.nll, "kl": out.kl}
+        loss = out.loss + config.teacher_weight * out.taught
+        return loss, {"nll": out.nll, "kl": out.kl, "taught": out.taught.detach()}
 
     def _heldout(self, count: int) -> torch.Tensor:
         dataset = self.open_data("heldout")

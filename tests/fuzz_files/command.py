@@ -47,7 +47,7 @@ class CommandTarget(FileTarget):
         peer = {"median_ms": 3.0, "best_ms": 3.0, "ratio": 3.0}
         row = {"name": "dropout", "median_ms": 1.0, "best_ms": 1.0, "floor_ms": 0.5, "share": 0.5, "error": 0.0,
                "bound": 1.0, "bytes": 4, "flops": 0, "peers": {"torch": peer}}  # fmt: skip
-        self.table = {"roofs": {}, "rows": [row]}
+        self.table = {"peaks": {}, "rows": [row]}
         self.facts = facts = {"device": "a CPU", "cpu_level": "AVX2", "threads": 1, "commit": "0" * 40}
         (self.root / "bench.json").write_text(json.dumps({"date": "2026-01-01", "machine": facts, "table": self.table}))
         (self.root / "bad.json").write_text("[" * 10_000)

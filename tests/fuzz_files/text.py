@@ -115,7 +115,7 @@ class BenchTarget(FileTarget):
         bench.compare(report, other)
         bench.compare(other, report)
         bench.markdown(report)
-        bench.summary(report)
+        bench.summary([report, other])
         bench.page(report)
         ratios_of(report)
         least_ratios([*bench.records(file), other], other["machine"])

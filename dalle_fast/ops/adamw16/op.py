@@ -72,7 +72,7 @@ def _step_capturable(
 ) -> None:
     if not params:
         return
-    scalars = torch.empty(len(params), 4, device=params[0].device)
+    scalars = torch.empty(len(params), 4, dtype=torch.float32, device=params[0].device)
     stream = stream_of(scalars)
     _C.adamw16_advance(steps, scalars, lr, grad_scale, found_inf, beta1, beta2, weight_decay, stream)
     numbers = (0, 0.0, 1.0, beta1, beta2, eps, weight_decay, variance_clip, 1 - ema_decay)
