@@ -92,7 +92,7 @@ def test_a_matrix_of_a_batch_does_not_see_another():
         (torch.zeros(3, 4), ValueError, r"p: expected shape \[m, r\] or \[N, m, r\] with m >= r, got \[3, 4\]"),
         (torch.zeros(5), ValueError, "p: expected shape"),
         (torch.zeros(5, 2, dtype=torch.int64), TypeError, "p: expected a float32, float64 or uint16"),
-        (3, TypeError, "object is not iterable"),
+        (3, TypeError, "p: expected a torch.Tensor or a sequence of them, got 3"),
         ([torch.zeros(5, 2), torch.zeros(5, 2).double()], ValueError, r"p\[1\]: expected torch.float32 on cpu"),
     ],
 )

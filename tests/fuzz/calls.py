@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._dynamo  # or each worker would import it at its first fake tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -93,8 +94,12 @@ def snapshot(value: Any) -> Any:
         if not is_real(t):
             return t
         with torch.no_grad():
-            return t.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().clone(
-                memory_format=torch.contiguous_format
+            return (
+                t.detach()
+                .as_subclass(torch.Tensor)
+                .resolve_conj()
+                .resolve_neg()
+                .clone(memory_format=torch.contiguous_format)
             )
 
     return tree_map(copied, value)
@@ -235,8 +240,9 @@ class OpCall:
     def _aliases(self, result: Any, arguments: Arguments) -> bool:
         own = {k: v for k, v in arguments.items() if k != self.signature.returns}
         memory = {t.untyped_storage().data_ptr() for t in _tensors(own)} - {0}
-        return any(t.numel() and t.untyped_storage().data_ptr() in memory for t in _tensors(result)) and not (
-            self.signature.returns in arguments
+        return (
+            any(t.numel() and t.untyped_storage().data_ptr() in memory for t in _tensors(result))
+            and self.signature.returns not in arguments
         )
 
     # ---- values
@@ -511,7 +517,7 @@ def _gradient(call: OpCall, draw: Draw) -> str | None:
 
 def _context(call: OpCall, draw: Draw) -> str | None:
     name = draw.choice(sorted(CONTEXTS))
-    if name in call.contexts or any("autocast" in c for c in (name, *call.contexts)) and len(call.contexts):
+    if name in call.contexts or (call.contexts and any("autocast" in c for c in (name, *call.contexts))):
         return None
     if name == "default device meta" and call.signature.name == "AttentionPattern":
         return None

@@ -392,8 +392,15 @@ SIGNATURES = (
         accepts=_orthonormalize_accepts,
         decodes=True,
     ),
-    Signature("powersgd_project", ops.powersgd_project, powersgd_project_reference, _project, EXACT, writes=("error",),
-              decodes=True),  # fmt: skip
+    Signature(
+        "powersgd_project",
+        ops.powersgd_project,
+        powersgd_project_reference,
+        _project,
+        EXACT,
+        writes=("error",),
+        decodes=True,
+    ),
     Signature(
         "powersgd_reconstruct",
         ops.powersgd_reconstruct,

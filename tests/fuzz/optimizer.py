@@ -31,7 +31,9 @@ class OptimizerCall:
     def __init__(self, seed: int, number: int) -> None:
         draw = Draw(f"adamw16/{seed}/{number}")
         self.expect, self.notes = "right", []
-        self.params = [draw.tensor(*(draw.size(most=17) for _ in range(draw.integer(0, 3)))) for _ in range(draw.integer(1, 4))]
+        self.params = [
+            draw.tensor(*(draw.size(most=17) for _ in range(draw.integer(0, 3)))) for _ in range(draw.integer(1, 4))
+        ]
         self.options: dict[str, Any] = {
             name: draw.choice(values)
             for name, values in {
