@@ -77,16 +77,14 @@ def finite(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_kept(**tensors: torch.Tensor | None) -> None:
-    """Raises RuntimeError for a tensor of torch.inference_mode that a backward pass would have to keep."""
-    if torch.compiler.is_compiling():
+def check_kept(kept: dict[str, torch.Tensor], *others: torch.Tensor | None) -> None:
+    """Raises RuntimeError for a tensor of torch.inference_mode among those that a backward pass would have to keep."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in there.values()):
-        return
-    for name, tensor in there.items():
-        if tensor.is_inference():
-            raise RuntimeError(f"{name}: {NOT_KEPT}")
+    if any(tensor is not None and tensor.requires_grad for tensor in (*kept.values(), *others)):
+        for name, tensor in kept.items():
+            if tensor.is_inference():
+                raise RuntimeError(f"{name}: {NOT_KEPT}")
 
 
 def check_writable(name: str, tensor: torch.Tensor) -> None:

@@ -75,7 +75,7 @@ def conv2d(
         compute_dtype(x, {"weight": weight, "bias": bias, "residual": residual})
         if is_empty:  # no convolution that autocast would round
             x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
-        check_kept(x=x, weight=weight)
+        check_kept({"x": x, "weight": weight}, bias, residual)
         if x.dtype == torch.float16 and abs(gain) > torch.finfo(x.dtype).max:
             raise ValueError(f"gain: expected a finite number of float16, got {gain}")
         return conv2d_reference(x, weight, bias, residual, gain=gain, relu=relu, upsample=upsample)
