@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 _LICENCES = """\
@@ -46,6 +47,11 @@ def _stages(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _notes(record: dict[str, Any]) -> str:
+    lines = textwrap.wrap(record.get("notes", ""), 118, break_long_words=False)
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
+
+
 def _log(record: dict[str, Any]) -> str:
     lines = []
     for name, stage in record["stages"].items():
@@ -85,7 +91,7 @@ cores ({record["cpu"]}). The 8 x 8 codes of a picture are 1,024 clusters of patc
 name them, the decoder to draw them, the transformer their order (Dion). `make pretrained` repeats it.
 
 {_stages(record)}
-
+{_notes(record)}
 ```
 {_log(record)}
 ```

@@ -107,13 +107,13 @@ def _styles_dvae() -> DVAETrainConfig:
     """Of the system that ships, `dalle_fast.pretrain`: 64 x 64 pixels as 8 x 8 codes."""
     return DVAETrainConfig(
         data=DataConfig(source="emoji-styles"),
-        loop=LoopConfig(steps=1600, batch_size=32, ema_decay=0.99, sample_every=500, save_every=250),
+        loop=LoopConfig(steps=1350, batch_size=32, ema_decay=0.99, sample_every=500, save_every=250),
         model=DVAEConfig(
             image_size=64, num_groups=4, blocks_per_group=1, width=24, vocab_size=1024, decoder_init_width=64
         ),
         learning_rate=4e-3,
         final_learning_rate=4e-5,
-        learning_rate_steps=1600,
+        learning_rate_steps=1350,
         beta_steps=600,
         tau_steps=1500,
     )
@@ -133,7 +133,7 @@ def _styles_dalle() -> DALLETrainConfig:
     return DALLETrainConfig(
         data=DataConfig(source="emoji-styles"),
         loop=LoopConfig(
-            steps=5000, batch_size=64, clip_norm=4.0, ema_decay=0.97, ema_every=5, sample_every=500, save_every=250
+            steps=1850, batch_size=64, clip_norm=4.0, ema_decay=0.97, ema_every=5, sample_every=500, save_every=250
         ),
         model=DALLEConfig(
             width=256,

@@ -178,7 +178,9 @@ def _facts(run_dir: Path) -> dict[str, Any]:
             "log": kept,
         }
     dataset = open_dataset(SOURCE, "train", preset("dvae", SOURCE).model.image_size)
+    notes = run_dir / "notes.txt"  # what was done by hand, if anything
     return {
+        "notes": notes.read_text(encoding="utf-8").strip() if notes.exists() else "",
         "commit": commit.stdout.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "torch": torch.__version__,
@@ -189,7 +191,10 @@ def _facts(run_dir: Path) -> dict[str, Any]:
 
 
 def publish(run_dir: Path | str, folder: Path | str) -> Path:
-    """Exports a run, evaluates what was exported and writes its model card and numbers beside it."""
+    """Exports a run, evaluates what was exported and writes its model card and numbers beside it.
+
+    The text of `run_dir/notes.txt`, where there is one, goes into the card.
+    """
     run_dir, folder = Path(run_dir), export(run_dir, folder)
     record = {**_facts(run_dir), "bytes": size_of(folder), "numbers": evaluate_system(System.load(folder))}
     write_atomic(folder / "training.json", (json.dumps(record, indent=1) + "\n").encode())

@@ -86,5 +86,5 @@ def test_fingerprints_tell_data_apart_and_repeat():
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="split: expected one of train, heldout, seen, all, got 'test'"):
         EmojiPairs("test")
-    with pytest.raises(DataError, match="no-such: expected emoji, shapes, a folder"):
+    with pytest.raises(DataError, match="no-such: expected emoji, emoji-styles, shapes, a folder"):
         open_dataset("no-such", "train", 32)

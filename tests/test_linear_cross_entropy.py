@@ -177,3 +177,10 @@ def test_float32_products_in_parts_are_right_and_the_same_bits_at_any_number_of_
     for first, *others, exact in zip(*results, run(x.double(), weight.double(), bias.double())):
         assert all(torch.equal(first, other) for other in others)
         torch.testing.assert_close(first.double(), exact, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_channels_leave_the_bias_alone(backend):
+    target = torch.zeros(4, dtype=torch.int64)
+    loss = linear_cross_entropy(torch.randn(4, 0), torch.randn(5, 0), target, backend=backend)
+    torch.testing.assert_close(loss, torch.tensor(5.0).log())

@@ -367,3 +367,17 @@ def test_a_plateau_resumes_where_it_was():
     assert [second.update(loss) for loss in losses[17:]] == answers[17:]
     assert second.factor == whole.factor < 1
     assert not second.update(math.nan)
+
+
+def test_parameters_that_share_memory_are_refused_before_any_is_changed():
+    storage = torch.ones(8)
+    first, other = torch.zeros(3), torch.ones(5)
+    for params in ([first, storage[:5], storage[4:]], [first, torch.ones(1).expand(4)]):
+        optimizer = AdamW16(params)
+        for p in params:
+            p.grad = torch.ones(p.shape)
+        with pytest.raises(ValueError, match=r"^params(\[1\])?: expected"):
+            optimizer.step()
+        assert torch.equal(first, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"^params\[1\]: expected each tensor once"):
+        AdamW16([other, other])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from dalle_fast.ops import AttentionPattern
 
@@ -66,3 +67,20 @@ def test_a_prefix_is_the_corner():
 def test_wrong_fields_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         AttentionPattern(**{"kind": "row", "text_len": 2, "grid": (4, 4), **arguments})
+
+
+def test_a_mask_made_under_a_mode_is_not_what_others_get():
+    pattern = AttentionPattern("row", text_len=3, grid=(2, 5))
+    with torch._subclasses.FakeTensorMode():
+        assert isinstance(pattern.mask(), torch._subclasses.FakeTensor)
+    with torch.device("meta"):
+        pattern.mask()
+    assert type(pattern.mask()) is torch.Tensor
+    assert pattern.mask().device.type == "cpu"
+
+
+def test_numbers_beyond_the_image_see_the_same():
+    small = AttentionPattern("conv", text_len=1, grid=(3, 4), kernel=25)
+    assert torch.equal(AttentionPattern("conv", text_len=1, grid=(3, 4), kernel=2**31 - 1).mask(), small.mask())
+    with pytest.raises(ValueError, match=r"^grid: expected at most 2\^31 - 1 positions"):
+        AttentionPattern("row", text_len=0, grid=(2**20, 2**20))

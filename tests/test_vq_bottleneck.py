@@ -239,3 +239,13 @@ def test_bad_input_is_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         vq_bottleneck(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (2, 0, 3, 2), (0, 4, 3, 2)])
+def test_sizes_of_zero_are_answered(shape):
+    x, head, codebook = torch.randn(shape, requires_grad=True), torch.randn(7, shape[1]), torch.randn(5, 7)
+    out, kl = vq_bottleneck(x, head, None, codebook, 0.5, seed=1, backend="cpu")
+    expected, expected_kl = vq_bottleneck(x, head, None, codebook, 0.5, seed=1, backend="reference")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(kl, expected_kl)
+    assert torch.autograd.grad(out.sum() + kl.sum(), x)[0].shape == shape

@@ -38,12 +38,14 @@ DF_HD float column_scale(float largest) {
   return bits_float(static_cast<uint32_t>(254 - e) << 23);
 }
 
-// H = I - tau v v^T with v = (1, x * inverse) takes (alpha, x) to (beta, 0); LAPACK's signs.
+// H = I - tau v v^T with v = (1, x * inverse) takes (alpha, x) to (beta, 0); LAPACK's signs. What dependent columns
+// leave of each other shrinks with every reflection, until its squares vanish and tau and v would no longer fit each
+// other; far below the rounding of a scaled column it counts as zero.
 struct Reflection {
   float tau, inverse;
 };
 DF_HD Reflection reflection_of(float alpha, float norm2) {  // norm2: of x
-  if (norm2 == 0.0f) return {0.0f, 0.0f};
+  if (norm2 < 0x1p-108f) return {0.0f, 0.0f};
   const float length = sqrtf(alpha * alpha + norm2);
   const float beta = alpha < 0.0f ? length : -length;
   return {(beta - alpha) / beta, 1.0f / (alpha - beta)};

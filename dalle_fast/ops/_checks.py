@@ -16,7 +16,7 @@ _LONGEST = 60  # characters of a value in a message
 def shown(value: Any) -> str:
     """`value` in a message: of a tensor its dtype and shape, never its data."""
     if isinstance(value, torch.Tensor):
-        return f"a {type(value).__name__} of {value.dtype}"
+        return f"tensor of {value.dtype}"
     try:
         text = repr(value)
     except Exception:  # an int of more digits than Python prints, a foreign object
@@ -25,17 +25,18 @@ def shown(value: Any) -> str:
 
 
 def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
-    """float32, bfloat16 or float16."""
+    """float32, bfloat16 and float16."""
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    return " or ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
+    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
 
 
 def check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS, kind: str = "a floating") -> None:
     """Raises TypeError for what is no tensor with strides of one of `dtypes`; `kind` is what messages call them."""
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
         got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-        more = f" ({names_of(dtypes)})" if kind == "a floating" else ""
-        raise TypeError(f"{name}: expected {kind} torch.Tensor{more}, got {got}")
+        rare = isinstance(value, torch.Tensor) and value.is_floating_point() and dtypes is FLOATS
+        more = f" ({names_of(dtypes)} are taken)" if rare else ""
+        raise TypeError(f"{name}: expected {kind} torch.Tensor, got {got}{more}")
     if value.layout is not torch.strided or value.is_nested:
         got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name}: expected a dense torch.Tensor with strides, got {got}")
@@ -72,18 +73,18 @@ def finite(name: str, value: Any) -> float:
     """`value` as a float that float32 can hold; raises TypeError or ValueError."""
     check_number(name, value)
     if not -_LARGEST <= value <= _LARGEST:
-        raise ValueError(f"{name}: expected a finite number of float32, got {shown(value)}")
+        raise ValueError(f"{name}: expected a finite number, got {shown(value)} (float32 ends at 3.4e38)")
     return float(value)
 
 
-def check_kept(**tensors: torch.Tensor | None) -> None:
-    """Raises RuntimeError for a tensor of torch.inference_mode that a backward pass would have to keep."""
-    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in there.values()):
+def check_kept(kept: dict[str, torch.Tensor], *others: torch.Tensor | None) -> None:
+    """Raises RuntimeError for a tensor of torch.inference_mode among those that a backward pass would have to keep."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    for name, tensor in there.items():
-        if tensor.is_inference():
-            raise RuntimeError(f"{name}: {NOT_KEPT}")
+    if any(tensor is not None and tensor.requires_grad for tensor in (*kept.values(), *others)):
+        for name, tensor in kept.items():
+            if tensor.is_inference():
+                raise RuntimeError(f"{name}: {NOT_KEPT}")
 
 
 def check_writable(name: str, tensor: torch.Tensor) -> None:
@@ -97,5 +98,5 @@ def check_writable(name: str, tensor: torch.Tensor) -> None:
                     f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
                 )
             step = stride * (size - 1) + step
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name}: expected a tensor that may be changed, got one of torch.inference_mode")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import decimal
 import fractions
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _can_be_copied(dtype: torch.dtype) -> bool:
     try:
-        torch.zeros(2, dtype=torch.uint8).to(dtype)[::2].clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.zeros(2, dtype=torch.uint8).to(dtype)[::2].clone()
     except (RuntimeError, NotImplementedError, TypeError):
         return False
     return True
@@ -175,7 +178,9 @@ def special(t: torch.Tensor, draw: Draw) -> torch.Tensor:
 def extreme(t: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Numbers near the ends of the dtype's range, zeros of both signs among them."""
     info = torch.finfo(t.dtype)
-    values = torch.tensor([info.max, -info.max, info.tiny, info.smallest_normal / 2, 0.0, -0.0, 1.0], dtype=torch.float64)
+    values = torch.tensor(
+        [info.max, -info.max, info.tiny, info.smallest_normal / 2, 0.0, -0.0, 1.0], dtype=torch.float64
+    )
     index = torch.randint(0, len(values), t.shape, generator=draw.generator)
     return values[index].to(t.dtype)
 
@@ -296,7 +301,9 @@ NUMBERS: tuple[Any, ...] = (
 
 def number_tensors(draw: Draw) -> torch.Tensor:
     """Numbers as tensors."""
-    return draw.choice((torch.tensor(0.5), torch.tensor(1), torch.tensor([1.0]), torch.tensor([1, 2]), torch.tensor(1j)))
+    return draw.choice(
+        (torch.tensor(0.5), torch.tensor(1), torch.tensor([1.0]), torch.tensor([1, 2]), torch.tensor(1j))
+    )
 
 
 def show(value: Any) -> str:

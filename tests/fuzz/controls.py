@@ -43,7 +43,7 @@ def _raw(x: torch.Tensor) -> torch.Tensor:
 
 
 def _accepts_all(x: torch.Tensor) -> torch.Tensor:
-    return ops.null(x.to_dense()) if isinstance(x, torch.Tensor) and x.layout != torch.strided else ops.null(x)
+    return ops.null(x) if isinstance(x, torch.Tensor) else torch.zeros(1, 1)
 
 
 def _changes(x: torch.Tensor) -> torch.Tensor:
@@ -59,11 +59,9 @@ def _alias(x: torch.Tensor) -> torch.Tensor:
 
 
 def _memory(x: torch.Tensor) -> torch.Tensor:
-    kept.append(bytearray(1 << 30))
-    return ops.null(x)
+    return ops.null(x + torch.empty(1 << 33, 1)[: x.shape[0]])
 
 
-kept: list[bytearray] = []
 PLANTED = {
     "crash": (_crash, "death"),
     "hang": (_hang, "hang"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import warnings
 from typing import Any
@@ -15,7 +16,7 @@ from dalle_fast.optim import AdamW16
 
 from . import arguments as kinds
 from .arguments import Draw, show
-from .calls import CONTEXTS, REFUSALS, is_real, same_bits, snapshot
+from .calls import CONTEXTS, REFUSALS, is_real, overlaps, same_bits, snapshot
 from .runner import Outcome
 
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "variance_clip", "ema_decay", "capturable", "backend")
@@ -31,7 +32,9 @@ class OptimizerCall:
     def __init__(self, seed: int, number: int) -> None:
         draw = Draw(f"adamw16/{seed}/{number}")
         self.expect, self.notes = "right", []
-        self.params = [draw.tensor(*(draw.size(most=17) for _ in range(draw.integer(0, 3)))) for _ in range(draw.integer(1, 4))]
+        self.params = [
+            draw.tensor(*(draw.size(most=17) for _ in range(draw.integer(0, 3)))) for _ in range(draw.integer(1, 4))
+        ]
         self.options: dict[str, Any] = {
             name: draw.choice(values)
             for name, values in {
@@ -59,8 +62,11 @@ class OptimizerCall:
         for _ in range(draw.choice((0, 1, 1, 2))):
             getattr(self, draw.choice(("_layout", "_layout", "_layout", "_special", "_share")))(draw)
         for _ in range(draw.choice((0, 0, 0, 1, 1, 2))):
-            getattr(self, draw.choice(("_option", "_option", "_param", "_scale", "_gradient")))(draw)
+            if isinstance(self.params, list):
+                getattr(self, draw.choice(("_option", "_option", "_param", "_scale", "_gradient")))(draw)
 
+        if self._shares_memory():
+            self._weaken("either" if "gradient: none" in self.notes else "wrong")
         self.start = snapshot(self._real())
 
     def _weaken(self, expect: str) -> None:
@@ -91,15 +97,16 @@ class OptimizerCall:
             return
         if draw.chance(0.5):
             self.params[i] = kinds.expanded(old, draw)
-            alike = self.params[i].numel() > 1 and 0 in [s for s, n in zip(self.params[i].stride(), old.shape) if n > 1]
         else:
             self.params.append(old.detach().view(old.shape))
             for grads in self.grads:
                 grads.append(draw.tensor(*old.shape))
-            alike = True
         self.notes.append("shared memory")
-        if alike:
-            self._weaken("wrong")
+
+    def _shares_memory(self) -> bool:
+        real = [p for p in self._real() if p.numel()]
+        ranges = sorted((p.data_ptr(), p.data_ptr() + p.itemsize * (1 + _reach(p))) for p in real)
+        return any(overlaps(p) for p in real) or any(a[1] > b[0] for a, b in itertools.pairwise(ranges))
 
     def _option(self, draw: Draw) -> None:
         name = draw.choice(OPTIONS)
@@ -234,10 +241,17 @@ class OptimizerCall:
                     fmt = "1-6-9" if name == "mean" else "0-6-10"
                     a, e = (minifloat_decode_reference(t, fmt) for t in (a, e))
                 rtol, atol = _TOLERANCE[name]
+                if name in ("p", "ema"):  # a code may be the next one where float32 sums straddle a tie
+                    atol += 2e-2 * float(self.options.get("lr", 4.5e-4))
                 off = ~torch.isclose(a, e, rtol=rtol, atol=atol, equal_nan=True)
                 if off.any():
                     return Outcome("value", f"{name} of parameter {i}: {int(off.sum())} of {off.numel()} differ")
         return Outcome("right")
+
+
+def _reach(t: torch.Tensor) -> int:
+    """Elements from the first to the last in memory."""
+    return sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape))
 
 
 class OptimizerTarget:

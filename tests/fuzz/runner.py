@@ -312,9 +312,7 @@ class _Without:
         return self.target.make(seed, number, self.without | without)
 
 
-def run_one(
-    target: Target, seed: int, number: int, without: Iterable[int] = (), *, limit: float = 5.0
-) -> Outcome:
+def run_one(target: Target, seed: int, number: int, without: Iterable[int] = (), *, limit: float = 5.0) -> Outcome:
     """One case in a process of its own."""
     report = fuzz(_Without(target, without), seed, range(number, number + 1), limit=limit)
     if report.failures:

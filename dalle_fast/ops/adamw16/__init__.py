@@ -87,7 +87,9 @@ def adamw16(
         if not isinstance(lr, torch.Tensor):
             lr = torch.full((), lr, dtype=torch.float64, device=params[0].device)
         if not isinstance(grad_scale, torch.Tensor):
-            grad_scale = None if grad_scale == 1.0 else torch.full((), grad_scale, dtype=torch.float32, device=params[0].device)
+            grad_scale = (
+                None if grad_scale == 1.0 else torch.full((), grad_scale, dtype=torch.float32, device=params[0].device)
+            )
         op.adamw16_capturable(*lists, list(step), lr, *constants, grad_scale, found_inf, ema_decay)
 
 

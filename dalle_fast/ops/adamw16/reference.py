@@ -38,6 +38,8 @@ def adamw16_reference(
             new = torch.where(found_inf.eq(0).view(()), new.view(bits), tensor.view(bits)).view(tensor.dtype)
         tensor.copy_(new)
 
+    # one element of any shape
+    lr, grad_scale = (t.view(()) if isinstance(t, torch.Tensor) else t for t in (lr, grad_scale))
     with torch.no_grad():
         for i, p in enumerate(params):
             number: int | torch.Tensor
@@ -45,7 +47,7 @@ def adamw16_reference(
                 number = step
             else:
                 keep(step[i], step[i] + 1)
-                number = step[i].double()
+                number = step[i].double().view(())
             g = grads[i].to(p.dtype) / grad_scale
             m = minifloat_decode_reference(means[i], "1-6-9").to(p.dtype)
             v = minifloat_decode_reference(variances[i], "0-6-10").to(p.dtype)

@@ -62,7 +62,6 @@ def conv2d(
     check_bool("upsample", upsample)
     _check(x, weight, bias, residual, 1 + upsample)
     gain = finite("gain", gain)
-    compute_dtype(x, {"weight": weight, "bias": bias, "residual": residual})
     dtype = _operand_dtype(x)
     rounded = (x, weight, bias) if is_autocast(x) else ()  # the others may be float32
     supported = dtype in DTYPES and all(
@@ -71,11 +70,12 @@ def conv2d(
     )
     reason = "it takes float32 and bfloat16, all of one dtype outside autocast"
     chosen = _backend.choose("conv2d", backend, x, supported=supported, reason=reason)
-    if 0 in x.shape or 0 in weight.shape:
-        x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
-        chosen = "reference"
-    if chosen == "reference" or (backend == "auto" and not has_kernel(x, weight)):
-        check_kept(x=x, weight=weight)
+    is_empty = 0 in x.shape[1:] or 0 in weight.shape  # of no samples the kernel makes none
+    if is_empty or chosen == "reference" or (backend == "auto" and not has_kernel(x, weight)):
+        compute_dtype(x, {"weight": weight, "bias": bias, "residual": residual})
+        if is_empty:  # no convolution that autocast would round
+            x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
+        check_kept({"x": x, "weight": weight}, bias, residual)
         if x.dtype == torch.float16 and abs(gain) > torch.finfo(x.dtype).max:
             raise ValueError(f"gain: expected a finite number of float16, got {gain}")
         return conv2d_reference(x, weight, bias, residual, gain=gain, relu=relu, upsample=upsample)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from ..pattern import AttentionPattern
 
@@ -23,8 +24,9 @@ def decode_attention_reference(
 ) -> torch.Tensor:
     """The plain twin of `decode_attention`; mutates the same caches. 16-bit inputs are computed in float32."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if isinstance(position, torch.Tensor):
-        return _at(q, k, v, text_k, text_v, image_k, image_v, pattern, position.reshape(()), scale)
+    if isinstance(position, torch.Tensor) or is_fake(q):  # whose values nobody can look at
+        position = torch.as_tensor(position, device=q.device).reshape(())
+        return _at(q, k, v, text_k, text_v, image_k, image_v, pattern, position, scale)
     text_len, ring_len = pattern.text_len, image_k.shape[2]
     if position < text_len:
         text_k[:, :, position], text_v[:, :, position] = k, v

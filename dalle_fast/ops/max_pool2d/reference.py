@@ -10,5 +10,5 @@ import torch.nn.functional as F
 def max_pool2d_reference(x: torch.Tensor) -> torch.Tensor:
     """The plain twin of `max_pool2d`."""
     if x.numel() == 0 or 1 in x.shape[2:]:  # torch refuses results without a pixel
-        return x[:, :, : x.shape[2] // 2, : x.shape[3] // 2].contiguous()
+        return x[:, :, : x.shape[2] // 2, : x.shape[3] // 2].clone(memory_format=torch.contiguous_format)
     return F.max_pool2d(x, 2)

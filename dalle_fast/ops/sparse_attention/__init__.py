@@ -84,6 +84,6 @@ def sparse_attention(
         "sparse_attention", backend, q, supported=supported, reason=f"dtype {q.dtype} has no kernel"
     )
     if chosen == "reference":
-        check_kept(q=q, k=k, v=v)
+        check_kept({"q": q, "k": k, "v": v})
         return _reference(q, k, v, pattern, scale=scale)
     return op.sparse_attention(q, k, v, scale, *pattern.integers())[0]

@@ -77,7 +77,7 @@ def vq_bottleneck(
     supported = all(t is None or t.dtype in op.DTYPES for t in (x, *others.values()))
     chosen = _backend.choose("vq_bottleneck", backend, x, supported=supported, reason=f"dtype {x.dtype} has no kernel")
     if chosen == "reference":
-        check_kept(x=x, head_weight=head_weight, head_bias=head_bias, codebook=codebook, codebook_bias=codebook_bias)
+        check_kept({"x": x, "head_weight": head_weight, "codebook": codebook}, head_bias, codebook_bias)
         arguments = (x, head_weight, head_bias, codebook, tau, seed, offset)
         options = {"codebook_bias": codebook_bias, "row_offset": row_offset}
         if not is_autocast(x):
