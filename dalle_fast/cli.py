@@ -462,12 +462,13 @@ def _doctor(args: list[str]) -> None:
 
 def _pretrain(args: list[str]) -> None:
     from . import pretrain
+    from .sample import pretrained
 
     parser = _parser("pretrain", "Trains the system that ships in the package, evaluates it, writes 16-bit weights.")
     parser.add_argument("--run", default="runs/pretrained", help="folder; the same command goes on with what is there")
     parser.add_argument("--stage", default="all", help=f"all, or one of {', '.join((*pretrain.STAGES, 'publish'))}")
     parser.add_argument("--steps", type=int, help="updates of the one stage in place of the preset's")
-    parser.add_argument("--output", default=str(pretrain.FOLDER / pretrain.DEFAULT), help="folder for the weights")
+    parser.add_argument("--output", default=str(pretrained.FOLDER / pretrained.DEFAULT), help="folder for the weights")
     arguments = parser.parse_args(args)
     for stage in (*pretrain.STAGES, "publish") if arguments.stage == "all" else (arguments.stage,):
         if stage == "publish":
