@@ -214,6 +214,11 @@ def test_a_run_goes_on_with_its_codes_alone(tiny_presets, tmp_path):
         pretrain.train_stage("dvae", tmp_path, steps=4, quiet=True)
 
 
+def test_the_command_makes_a_stage(tiny_presets, tmp_path):
+    main(["pretrain", "--run", str(tmp_path), "--stage", "codes"])
+    assert (tmp_path / "codes.safetensors").exists()
+
+
 def test_a_system_that_is_too_large_does_not_ship(tiny_presets, tmp_path, monkeypatch):
     run = small_system(tmp_path / "run")
     monkeypatch.setattr(pretrain, "MAX_BYTES", 1000)
