@@ -29,7 +29,6 @@ def main() -> int:
     if options.cpu:
         os.environ["DALLE_FAST_CPU"] = options.cpu
 
-    import torch
     from fuzz.calls import OpTarget
     from fuzz.optimizer import OptimizerTarget
     from fuzz.runner import explain, fuzz
