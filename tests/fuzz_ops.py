@@ -25,15 +25,14 @@ def main() -> int:
     parser.add_argument("--plain", action="store_true", help="do not look for the shortest call")
     parser.add_argument("--out", type=Path, help="write a JSON file")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers are forked: no pool of threads may be there before
     if options.cpu:
         os.environ["DALLE_FAST_CPU"] = options.cpu
 
-    import torch
     from fuzz.calls import OpTarget
     from fuzz.optimizer import OptimizerTarget
     from fuzz.runner import explain, fuzz
 
-    torch.set_num_threads(1)  # workers are forked
     targets = [OptimizerTarget() if options.target == "adamw16" else OpTarget(options.only)]
     if options.target == "all":
         targets = [OpTarget(options.only), OptimizerTarget()]

@@ -218,7 +218,8 @@ def fuzz(
     """Runs the cases `numbers` (a range of step 1).
 
     Args:
-        target: what is fuzzed. Forked processes run it: no threads may run in this one.
+        target: what is fuzzed. Forked processes run it: in this one no threads may run, nor may OpenMP have any to hand
+            (OMP_NUM_THREADS=1 before torch is imported).
         seed: of all cases.
         numbers: which cases.
         jobs: processes at a time.
