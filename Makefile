@@ -13,7 +13,7 @@ CUDA := $(if $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg),AUT
 .PHONY: demo pretrained test test-avx2 bench gpu torture fuzz fuzz-files lint cuda sanitize build setup clean help
 
 help:
-	@echo "make demo    train a small system on real data, about 16 minutes; writes runs/demo/report.html"
+	@echo "make demo    train a small system on real data to a quality, at most 25 minutes; writes runs/demo/report.html"
 	@echo "make pretrained  train the small system that ships in the package anew (needs npm and a network; hours)"
 	@echo "make test    build everything and run all tests"
 	@echo "make test-avx2  the tests as on a processor with AVX2 and nothing newer"

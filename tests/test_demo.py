@@ -15,6 +15,7 @@ from dalle_fast.demo.measure import measure
 from dalle_fast.demo.plan import STAGES, Plan, StageCost, make_plan
 from dalle_fast.demo.shipped import Shipped
 from dalle_fast.errors import CheckpointError, ConfigError
+from dalle_fast.sample import SampleOptions
 
 UPDATES = {"dvae": 1200, "clip": 300, "dalle": 1200}
 
@@ -112,7 +113,7 @@ def tiny_presets(monkeypatch):
 
 def test_costs_are_measured_on_copies(tiny_presets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    costs, caption = measure(tiny_presets, 2, limit=0.01)
+    costs, caption = measure(tiny_presets, SampleOptions(num_samples=2), limit=0.01)
     assert set(costs) == set(STAGES)
     for stage, cost in costs.items():
         assert cost.batch_size == tiny_presets[stage].loop.batch_size

@@ -34,12 +34,14 @@ def _update_seconds(loop: Loop, limit: float) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def measure(configs: Mapping[str, Any], num_samples: int, limit: float = 2.0) -> tuple[dict[str, StageCost], float]:
+def measure(
+    configs: Mapping[str, Any], options: SampleOptions, limit: float = 2.0
+) -> tuple[dict[str, StageCost], float]:
     """Costs of the stages, and seconds for sampling one caption.
 
     Args:
         configs: stage -> train config; "dvae", "clip" and "dalle".
-        num_samples: candidates of a caption.
+        options: how a caption is sampled.
         limit: seconds of updates in each stage, at least two updates.
     """
     costs: dict[str, StageCost] = {}
@@ -66,7 +68,6 @@ def measure(configs: Mapping[str, Any], num_samples: int, limit: float = 2.0) ->
         model = recipes["dalle"].model
         system = System(recipes["dvae"].model, model, recipes["clip"].model.eval(), model.tokenizer)
         caption = recipes["dalle"].dataset.captions[0]
-        options = SampleOptions(num_samples=num_samples)
         system.sample(caption, options)
         _, seconds = _timed(lambda: system.sample(caption, options))
     return costs, seconds
