@@ -86,7 +86,7 @@ def train_stage(stage: str, run_dir: Path | str, steps: int | None = None, quiet
 
 
 @torch.no_grad()
-def evaluate_system(system: System, num_captions: int = 128, num_samples: int = 8) -> dict[str, Any]:
+def evaluate_system(system: System, num_captions: int = 64, num_samples: int = 8) -> dict[str, Any]:
     """What the judge says of seen and held-out captions, in all styles and in the bare ones of `emoji`.
 
     Args:
