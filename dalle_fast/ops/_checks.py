@@ -71,6 +71,8 @@ def check_number(name: str, value: Any) -> None:
 
 def finite(name: str, value: Any) -> float:
     """`value` as a float that float32 can hold; raises TypeError or ValueError."""
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:
+        return value
     check_number(name, value)
     if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number, got {shown(value)} (float32 ends at 3.4e38)")
@@ -89,7 +91,7 @@ def check_kept(kept: dict[str, torch.Tensor], *others: torch.Tensor | None) -> N
 
 def check_writable(name: str, tensor: torch.Tensor) -> None:
     """Raises ValueError for a tensor that cannot be changed in place: elements share memory, or it is frozen."""
-    if not tensor.is_contiguous() and tensor.numel():
+    if not (tensor.is_contiguous() or tensor.numel() == 0):
         step = 1
         for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
             if stride < step:
