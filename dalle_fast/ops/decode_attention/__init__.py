@@ -59,13 +59,20 @@ def decode_attention(
         ValueError: shapes, devices, an int `position` or `scale` do not fit, or `backend` is unknown.
         RuntimeError: an explicit `backend` cannot run.
     """
+    check_tensor("q", q)
+    dtype, device = q.dtype, q.device
     tensors = {"q": q, "k": k, "v": v, "text_k": text_k, "text_v": text_v, "image_k": image_k, "image_v": image_v}
     for name, tensor in tensors.items():
-        check_tensor(name, tensor)
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: expected the dtype of q ({q.dtype}), got {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: expected the device of q ({q.device}), got {tensor.device}")
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tensor.dtype != dtype
+            or tensor.layout != torch.strided
+            or tensor.is_nested
+        ):
+            check_tensor(name, tensor)
+            raise TypeError(f"{name}: expected the dtype of q ({dtype}), got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected the device of q ({device}), got {tensor.device}")
         rank = 3 if name in ("q", "k", "v") else 4
         if tensor.dim() != rank:
             raise ValueError(f"{name}: expected {rank} dimensions, got shape {list(tensor.shape)}")
