@@ -226,7 +226,7 @@ class OptimizerCall:
 
     def _check(self, optimizer: AdamW16, params: list[torch.Tensor]) -> Outcome:
         """The same updates on the reference."""
-        if not all(is_real(p) for p in params) or "special gradient" in self.notes:
+        if not all(is_real(p) for p in params) or "special gradient" in self.notes or self._shares_memory():
             return Outcome("right")
         twin, twins = self._construct([p.clone() for p in self.start], {**self.options, "backend": "reference"})
         for grads in self.grads:
