@@ -21,7 +21,8 @@ from .runner import Outcome
 
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "variance_clip", "ema_decay", "capturable", "backend")
 NAMES = ("params", "grads", "param_group", "grad_scale", "found_inf", *OPTIONS)
-_TOLERANCE = {"p": (1e-5, 1e-6), "mean": (4e-3, 1e-9), "variance": (4e-3, 1e-9), "ema": (1e-5, 1e-6)}
+# codes have 9 and 10 bits; where float32 sums straddle a tie they are one apart, and after some steps two
+_TOLERANCE = {"p": (1e-5, 1e-6), "mean": (8e-3, 1e-9), "variance": (8e-3, 1e-9), "ema": (1e-5, 1e-6)}
 
 
 class OptimizerCall:
