@@ -124,7 +124,7 @@ def choose(room: str, backend: str, tensor: torch.Tensor, *, supported: bool = T
     check_backend(backend)
     if backend == "reference":
         return "reference"
-    device_type = tensor.device.type
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type  # the former costs a tenth
     if device_type == "meta":  # shapes only: the registered op answers without memory
         device_type = "cpu"
     runs = supported and has_room(room, device_type)

@@ -71,6 +71,8 @@ def check_number(name: str, value: Any) -> None:
 
 def finite(name: str, value: Any) -> float:
     """`value` as a float that float32 can hold; raises TypeError or ValueError."""
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:
+        return value
     check_number(name, value)
     if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number, got {shown(value)} (float32 ends at 3.4e38)")
@@ -87,16 +89,26 @@ def check_kept(kept: dict[str, torch.Tensor], *others: torch.Tensor | None) -> N
                 raise RuntimeError(f"{name}: {NOT_KEPT}")
 
 
+def _may_overlap(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether some elements may share memory: dimensions by stride, each beyond all that the smaller ones reach."""
+    if len(shape) == 2 and stride[0] > 0 and stride[1] >= stride[0] * shape[0]:  # a transposed matrix
+        return False
+    if 0 in shape:
+        return False
+    reach = 0
+    for step, size in sorted((s, n) for s, n in zip(stride, shape) if n > 1):
+        if step <= reach:
+            return True
+        reach += step * (size - 1)
+    return False
+
+
 def check_writable(name: str, tensor: torch.Tensor) -> None:
     """Raises ValueError for a tensor that cannot be changed in place: elements share memory, or it is frozen."""
-    if not tensor.is_contiguous() and tensor.numel():
-        step = 1
-        for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
-            if stride < step:
-                raise ValueError(
-                    f"{name}: expected elements that share no memory, as it is changed in place, "
-                    f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
-                )
-            step = stride * (size - 1) + step
+    if not tensor.is_contiguous() and _may_overlap(tensor.shape, tensor.stride()):
+        raise ValueError(
+            f"{name}: expected elements that share no memory, as it is changed in place, "
+            f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
+        )
     if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name}: expected a tensor that may be changed, got one of torch.inference_mode")

@@ -80,6 +80,8 @@ def adamw16(
     lists = (list(params), list(grads), list(means), list(variances), list(emas))
     if chosen == "reference":  # the kernels check while they read
         _check(*lists)
+        constants = tuple(float(number) for number in constants)
+        lr = lr if isinstance(lr, torch.Tensor) else float(lr)
         adamw16_reference(*lists, step, lr, *constants, grad_scale, found_inf, ema_decay)
     elif not capturable:
         op.adamw16(*lists, step, lr, *constants, grad_scale, ema_decay)

@@ -12,7 +12,6 @@ from ..pattern import AttentionPattern
 from . import op
 from .reference import decode_attention_reference
 
-_CACHES = ("text_k", "text_v", "image_k", "image_v")
 _reference = without_autocast(decode_attention_reference)
 
 
@@ -60,13 +59,20 @@ def decode_attention(
         ValueError: shapes, devices, an int `position` or `scale` do not fit, or `backend` is unknown.
         RuntimeError: an explicit `backend` cannot run.
     """
+    check_tensor("q", q)
+    dtype, device = q.dtype, q.device
     tensors = {"q": q, "k": k, "v": v, "text_k": text_k, "text_v": text_v, "image_k": image_k, "image_v": image_v}
     for name, tensor in tensors.items():
-        check_tensor(name, tensor)
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: expected the dtype of q ({q.dtype}), got {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: expected the device of q ({q.device}), got {tensor.device}")
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tensor.dtype != dtype
+            or tensor.layout != torch.strided
+            or tensor.is_nested
+        ):
+            check_tensor(name, tensor)
+            raise TypeError(f"{name}: expected the dtype of q ({dtype}), got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected the device of q ({device}), got {tensor.device}")
         rank = 3 if name in ("q", "k", "v") else 4
         if tensor.dim() != rank:
             raise ValueError(f"{name}: expected {rank} dimensions, got shape {list(tensor.shape)}")
@@ -107,10 +113,15 @@ def decode_attention(
         "decode_attention", backend, q, supported=supported, reason=f"dtype {q.dtype} has no kernel"
     )
     caches = (text_k, text_v, image_k, image_v)
-    writes_text = text_batch == batch and (on_device or position < pattern.text_len)
-    for name in _CACHES[:2] * writes_text + _CACHES[2:] * (on_device or position >= pattern.text_len):
-        check_writable(name, tensors[name])
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
+    if on_device or position >= pattern.text_len:
+        check_writable("image_k", image_k)
+        check_writable("image_v", image_v)
+    if text_batch == batch and (on_device or position < pattern.text_len):
+        check_writable("text_k", text_k)
+        check_writable("text_v", text_v)
+    wants_grad = q.requires_grad or k.requires_grad or v.requires_grad or text_k.requires_grad
+    wants_grad = wants_grad or text_v.requires_grad or image_k.requires_grad or image_v.requires_grad
+    if wants_grad and torch.is_grad_enabled():
         with torch.no_grad():
             return decode_attention(q, k, v, *caches, pattern, position, scale=scale, backend=backend)
     if chosen == "reference":

@@ -18,19 +18,22 @@ def _rows_dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _is_written(is_text: bool, q, text_k, position, position_at, pattern) -> bool:
+    """Whether a token goes into the text's caches, or into the image's."""
+    if position_at is None:
+        return (position < pattern[1]) == is_text
+    return not is_text or text_k.shape[0] == q.shape[0]
+
+
 def _run(q, k, v, text_k, text_v, image_k, image_v, scale, pattern, position, position_at):
     q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
     caches = (text_k, text_v, image_k, image_v)
     dense = [_rows_dense(cache) for cache in caches]
     out = q.new_empty(q.shape)
     _C.decode_attention_forward(out, q, k, v, *dense, scale, pattern, position, position_at, stream_of(q))
-    text_len = pattern[1]
-    for i, (cache, copy) in enumerate(zip(caches, dense, strict=True)):
-        written = text_k.shape[0] == q.shape[0] if i < 2 else True
-        if position_at is None:
-            written = (position < text_len) == (i < 2)
-        if written and copy is not cache:  # the token was written into a copy
-            cache.copy_(copy)
+    for i in range(4):
+        if dense[i] is not caches[i] and _is_written(i < 2, q, text_k, position, position_at, pattern):
+            caches[i].copy_(dense[i])  # the token was written into a copy
     return out
 
 
