@@ -339,6 +339,8 @@ class PowerSGD:
     def _write_block(self, block: Block, targets: Mapping[str, torch.Tensor]) -> None:
         """Decompresses a block's gradients; E keeps what is left of it, or all where a factor was not finite."""
         factors = zip(block.matrices, block.bases, block.factors, block.verdicts)
+        # Where the norm is not finite neither is the clip; the gradients become NaN below, E still takes what is left.
+        grad_factor = self._clip() / (self.q_constant * self.grad_constant) if self.finite else 0.0
         for entry, grad in block.gradients:
             if not entry.matrices:
                 continue
@@ -354,7 +356,7 @@ class PowerSGD:
                     p,
                     r,
                     matrix.error,
-                    grad_factor=self._clip() / (self.q_constant * self.grad_constant),
+                    grad_factor=grad_factor,
                     error_factor=1.0 / self.q_constant,
                     out=target if target.dtype == torch.float32 else None,
                     backend=self.backend,

@@ -73,7 +73,9 @@ class DALLETrainConfig:
         if self.optimizer not in ("adamw16", "adamw", "dion"):
             raise ConfigError(f"optimizer: expected adamw16, adamw or dion, got {self.optimizer!r}")
         if self.optimizer == "dion" and self.loop.shard > 1:
-            raise ConfigError(f"optimizer: dion needs whole matrices; expected loop.shard 1, got {self.loop.shard}")
+            raise ConfigError(
+                f"optimizer: dion needs whole matrices; expected loop.shard 1, got {self.loop.shard} (adamw16 takes shards)"
+            )
         if self.dion_rank < 1:
             raise ConfigError(f"dion_rank: expected at least 1, got {self.dion_rank}")
         if self.dion_lr_scale < 0:
