@@ -74,7 +74,7 @@ class DALLETrainConfig:
             raise ConfigError(f"optimizer: expected adamw16, adamw or dion, got {self.optimizer!r}")
         if self.optimizer == "dion" and self.loop.shard > 1:
             raise ConfigError(
-                f"optimizer: dion needs whole matrices; expected loop.shard 1, got {self.loop.shard} (adamw16 takes shards)"
+                f"optimizer: dion needs whole matrices; expected loop.shard 1, got {self.loop.shard} (adamw16 can)"
             )
         if self.dion_rank < 1:
             raise ConfigError(f"dion_rank: expected at least 1, got {self.dion_rank}")
