@@ -171,3 +171,11 @@ def arguments():
 def test_bad_input_is_named(change, error, message):
     with pytest.raises(error, match=message):
         decode_attention(**{**arguments(), **change})
+
+
+def test_no_heads_are_refused():
+    """They were a division by zero."""
+    pattern = AttentionPattern("dense", text_len=1, grid=(1, 1))
+    caches = [torch.zeros(1, 1, n, 4) for n in (1, 1, 2, 2)]
+    with pytest.raises(ValueError, match=r"^q: expected at least one head and one channel, got shape \[1, 0, 4\]"):
+        decode_attention(torch.zeros(1, 0, 4), torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), *caches, pattern, 1)

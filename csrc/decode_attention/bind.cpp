@@ -56,7 +56,8 @@ void bind_decode_attention(pybind11::module_& m) {
           params.scale = static_cast<float>(scale);
           params.dtype = q.dtype;
           const int64_t heads = params.num_kv_heads, text_len = params.pattern.text_len;
-          require(heads > 0 && params.num_heads % heads == 0, "k: the heads of q are not a multiple of its heads");
+          require(heads > 0 && params.num_heads > 0 && params.num_heads % heads == 0,
+                  "k: the heads of q are not a multiple of its heads");
           if (!position_at.is_none()) {  // back ends look at the value
             const TensorRef at = position_at.as("position");
             require_dtype(at, "position", {DType::kInt64});

@@ -116,7 +116,7 @@ def _decode(draw: Draw) -> Arguments:
 
 
 def _decode_refuses(a: Arguments) -> bool:
-    return 0 in (a["q"].shape[2], a["k"].shape[1]) or (a["text_k"].shape[0] == 0 and a["q"].shape[0] > 0)
+    return 0 in (*a["q"].shape[1:], a["k"].shape[1]) or (a["text_k"].shape[0] == 0 and a["q"].shape[0] > 0)
 
 
 def _noise(draw: Draw, rows: int) -> Arguments:

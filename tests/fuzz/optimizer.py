@@ -132,6 +132,8 @@ class OptimizerCall:
             self.params[i] = kinds.foreign_layout(old, draw)
         elif kind == "meta":
             self.params[i] = old.to("meta")
+        elif kind == "no leaf" and not old.is_floating_point():
+            return
         elif kind == "no leaf":
             self.params[i] = old.detach().requires_grad_() * 1
         elif kind == "twice":
@@ -229,7 +231,9 @@ class OptimizerCall:
         """The same updates on the reference."""
         if not all(is_real(p) for p in params) or "special gradient" in self.notes or self._shares_memory():
             return Outcome("right")
-        if float(self.options.get("lr", 0)) > 100:  # numbers beyond any tolerance
+        if any(
+            isinstance(value, (int, float)) and value > 100 for value in self.options.values()
+        ):  # numbers beyond any tolerance
             return Outcome("right")
         twin, twins = self._construct([p.clone() for p in self.start], {**self.options, "backend": "reference"})
         for grads in self.grads:

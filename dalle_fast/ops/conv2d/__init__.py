@@ -70,7 +70,8 @@ def conv2d(
     )
     reason = "it takes float32 and bfloat16, all of one dtype outside autocast"
     chosen = _backend.choose("conv2d", backend, x, supported=supported, reason=reason)
-    is_empty = 0 in x.shape[1:] or 0 in weight.shape  # an empty batch is like any other
+    # an empty batch is like any other, but torch cannot upsample it
+    is_empty = 0 in x.shape[1:] or 0 in weight.shape or (upsample and x.shape[0] == 0)
     if is_empty or chosen == "reference" or (backend == "auto" and not has_kernel(x, weight)):
         compute_dtype(x, {"weight": weight, "bias": bias, "residual": residual})
         if is_empty:  # no convolution that autocast would round

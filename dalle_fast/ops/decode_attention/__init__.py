@@ -83,8 +83,8 @@ def decode_attention(
     kv_heads, text_batch, ring_len = k.shape[1], text_k.shape[0], image_k.shape[2]
     if kv_heads == 0 or num_heads % kv_heads:
         raise ValueError(f"k: expected a number of heads that divides the {num_heads} of q, got {kv_heads}")
-    if head_dim == 0:
-        raise ValueError(f"q: expected at least one channel, got shape {list(q.shape)}")
+    if head_dim == 0 or num_heads == 0:
+        raise ValueError(f"q: expected at least one head and one channel, got shape {list(q.shape)}")
     expected = {
         "k": (batch, kv_heads, head_dim),
         "v": (batch, kv_heads, head_dim),

@@ -78,7 +78,7 @@ def linear_cross_entropy(
         "linear_cross_entropy", backend, x, supported=supported, reason=f"dtype {x.dtype} has no kernel"
     )
     if chosen == "reference":
-        check_kept({"x": x, "weight": weight}, bias)
+        check_kept({"x": x, "weight": weight, "target": target}, bias)
         if is_plain(target) and not torch.compiler.is_compiling():
             op.check_range(target, weight.shape[0], ignore_index)
         return linear_cross_entropy_reference(x, weight, target, bias, ignore_index=ignore_index)
