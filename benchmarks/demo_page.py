@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dalle_fast.bench.peak_rates import cpu_name
 from dalle_fast.demo.plan import NAMES, STAGES, Plan
 from dalle_fast.evaluate import judge_table
 from dalle_fast.train.report import read_lines
@@ -19,13 +19,6 @@ from dalle_fast.train.report import read_lines
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN = "<!-- from a run of the demo: python -m benchmarks.demo_page runs/demo -->"
 END = "<!-- end of what the command writes -->"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _table(rows: list[list[str]]) -> list[str]:
@@ -83,7 +76,7 @@ def main(run_dir: Path) -> None:
         raise SystemExit(f"{document}: expected the lines {BEGIN!r} and {END!r}")
     threads = torch.get_num_threads()
     capability = torch.backends.cpu.get_cpu_capability()
-    machine = f"{_processor()} ({capability}), {threads} threads, torch {torch.__version__.partition('+')[0]}"
+    machine = f"{cpu_name()} ({capability}), {threads} threads, torch {torch.__version__.partition('+')[0]}"
     document.write_text(f"{before}{BEGIN}\n{page(run_dir, machine)}\n{END}{after}")
     for name in ("heldout.png", "reconstructions.png"):
         shutil.copy(run_dir / name, DOCS / name)

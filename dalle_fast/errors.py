@@ -33,7 +33,7 @@ def shown(value: object, most: int = 200) -> str:
     """`repr` for a message: short, whatever the value."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an int of thousands of digits, lists in lists
+    except Exception:  # an int of thousands of digits, lists in lists, a foreign object
         text = f"a {type(value).__name__}"
     return text if len(text) <= most else text[:most] + "..."
 

@@ -54,3 +54,12 @@ def parse_json(content: bytes | str) -> Any:
         return json.loads(content)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def cache_folder() -> Path:
+    """Where this library keeps what it can make again: $XDG_CACHE_HOME/dalle_fast, or ~/.cache/dalle_fast.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle_fast"

@@ -73,7 +73,7 @@ def _shapes_dalle() -> DALLETrainConfig:
     )
 
 
-def _small_transformer(text_len: int) -> DALLEConfig:
+def _small_transformer(text_len: int, image_vocab_size: int = 256) -> DALLEConfig:
     return DALLEConfig(
         width=256,
         num_layers=4,
@@ -81,7 +81,7 @@ def _small_transformer(text_len: int) -> DALLEConfig:
         head_dim=64,
         text_vocab_size=1024,
         text_len=text_len,
-        image_vocab_size=256,
+        image_vocab_size=image_vocab_size,
         grid=(8, 8),
         dropout=0.1,
     )
@@ -135,17 +135,7 @@ def _styles_dalle() -> DALLETrainConfig:
         loop=LoopConfig(
             steps=1850, batch_size=64, clip_norm=4.0, ema_decay=0.97, ema_every=5, sample_every=500, save_every=250
         ),
-        model=DALLEConfig(
-            width=256,
-            num_layers=4,
-            num_heads=4,
-            head_dim=64,
-            text_vocab_size=1024,
-            text_len=24,
-            image_vocab_size=1024,
-            grid=(8, 8),
-            dropout=0.1,
-        ),
+        model=_small_transformer(text_len=24, image_vocab_size=1024),
         learning_rate=4e-3,
         warmup_steps=50,
         bpe_dropout=0.0,

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .bench.report import commit
 from .data import open_dataset
 from .errors import CheckpointError, ConfigError
 from .evaluate.judge import judge_for
 from .model_card import model_card
-from .models.store import find_latest, load_model, model_files, save_snapshot, write_atomic
+from .models.store import find_latest, load_model, model_files, read_json, save_snapshot, write_atomic
 from .presets import preset
 from .sample import SampleOptions, System, contact_sheet
 from .train import run
@@ -161,7 +161,6 @@ def size_of(folder: Path) -> int:
 
 def _facts(run_dir: Path) -> dict[str, Any]:
     """Commit, seed, updates and a few lines of the log of each stage."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     stages = {}
     for stage in STAGES[1:]:
         checkpoint = find_latest(run_dir / stage)
@@ -171,7 +170,7 @@ def _facts(run_dir: Path) -> dict[str, Any]:
         kept = [lines[i * (len(lines) - 1) // 5] for i in range(6)] if len(lines) > 5 else lines
         config = preset(stage, SOURCE)
         stages[stage] = {
-            "updates": json.loads((checkpoint / "state.json").read_text())["step"],
+            "updates": read_json(checkpoint / "state.json")["step"],
             "batch": config.loop.batch_size,
             "seed": config.loop.seed,
             "parameters": sum(p.numel() for p in load_model(checkpoint, expect=stage).parameters()),
@@ -181,7 +180,7 @@ def _facts(run_dir: Path) -> dict[str, Any]:
     notes = run_dir / "notes.txt"  # what was done by hand, if anything
     return {
         "notes": notes.read_text(encoding="utf-8").strip() if notes.exists() else "",
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),

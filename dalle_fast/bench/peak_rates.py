@@ -8,6 +8,7 @@ import datetime
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ..files import cache_folder, parse_json, read_bytes
+from ..models.store import write_atomic
 from ..ops import _backend
 from .timing import Timer
 
@@ -23,6 +26,7 @@ SECONDS = 0.6  # for each of them
 SIDES = {"cpu": (64, 2048), "cuda": (1024, 8192)}  # of the products, doubled from the first to the last
 COUNTS = {"cpu": (1 << 20, 1 << 26), "cuda": (1 << 25, 1 << 29)}  # float32 of the copies
 LEVELS = ("DALLE_FAST_CPU", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""What makes a newer processor behave like an older one for us, PyTorch, oneDNN and MKL (CONTRIBUTING.md)."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,20 @@ def _growing(timer: Timer, make: Callable[[int], Callable[[], object]], first: i
 
 def cache_file() -> Path:
     """Where rates are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dalle_fast" / "peaks.json"
+    return cache_folder() / "peaks.json"
+
+
+def cpu_name() -> str:
+    """As the system calls the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def machine_key(device: str) -> str:
     """All that the rates depend on; another value of any part is another machine."""
-    from .report import cpu_name
-
     name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     level = _backend._C.cpu_level() if _backend._C else None
     facts = [name, f"torch {torch.__version__}", torch.backends.cpu.get_cpu_capability(), f"level {level}"]
@@ -125,7 +135,7 @@ def machine_key(device: str) -> str:
 
 def _kept() -> dict:
     try:
-        found = json.loads(cache_file().read_text())
+        found = parse_json(read_bytes(cache_file()))
     except (OSError, ValueError, RuntimeError):  # none, not readable, damaged, no home folder
         return {}
     return {key: entry for key, entry in found.items() if _is_entry(entry)} if isinstance(found, dict) else {}
@@ -148,6 +158,4 @@ def _keep(key: str, entry: dict) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         file = cache_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        whole = file.with_suffix(f".{os.getpid()}")
-        whole.write_text(json.dumps({**_kept(), key: entry}, indent=1))
-        whole.replace(file)
+        write_atomic(file, json.dumps({**_kept(), key: entry}, indent=1).encode())

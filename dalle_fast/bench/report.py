@@ -18,9 +18,7 @@ from ..errors import UserError
 from ..files import parse_json, read_bytes
 from .form import wrong_in
 from .page import page, why_not_timed
-
-# What makes a newer processor behave like an older one for us, PyTorch, oneDNN and MKL (CONTRIBUTING.md).
-_LIMITS = ("DALLE_FAST_CPU", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+from .peak_rates import LEVELS, cpu_name
 
 
 class BenchError(UserError):
@@ -43,21 +41,13 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
-        "commit": _commit(),
-        **({"limited_by": limits} if (limits := {k: os.environ[k] for k in _LIMITS if os.environ.get(k)}) else {}),
+        "commit": commit(),
+        **({"limited_by": limits} if (limits := {k: os.environ[k] for k in LEVELS if os.environ.get(k)}) else {}),
     }
 
 
-def cpu_name() -> str:
-    """As the system calls the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
+def commit() -> str:
+    """Of the working tree that this runs from; "unknown" where there is none."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import parse_json, read_bytes
 from ..models.store import write_atomic
 
 STAGES = ("dvae", "clip", "dalle")
@@ -142,7 +143,7 @@ class Plan:
         if not path.exists():
             return None
         try:
-            values = json.loads(path.read_text())
+            values = parse_json(read_bytes(path))
             costs = {stage: StageCost(**cost) for stage, cost in values.pop("costs").items()}
             plan = cls(costs=costs, **values)
             if any(stage not in table for stage in STAGES for table in (plan.updates, plan.costs, plan.steps)):

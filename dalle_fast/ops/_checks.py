@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .. import errors
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LARGEST = torch.finfo(torch.float32).max
 NOT_KEPT = "expected a tensor that a backward pass can keep, got one of torch.inference_mode; clone it outside"
@@ -17,11 +19,7 @@ def shown(value: Any) -> str:
     """`value` in a message: of a tensor its dtype and shape, never its data."""
     if isinstance(value, torch.Tensor):
         return f"tensor of {value.dtype}"
-    try:
-        text = repr(value)
-    except Exception:  # an int of more digits than Python prints, a foreign object
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+    return errors.shown(value, _LONGEST)
 
 
 def names_of(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from ..models import DVAE
 
 _ROUNDS = 10
+_CHUNK = 8192  # points whose products with all centres are held at once
 
 
 class CodeTeacher:
@@ -41,7 +42,8 @@ class CodeTeacher:
     @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> [B, h, w] int64."""
-        return (self._patches(images) @ self.centres.t() - self.centres.square().sum(1) / 2).argmax(-1)
+        patches = self._patches(images)
+        return nearest(patches.flatten(0, 2), self.centres).view(patches.shape[:3])
 
     @torch.no_grad()
     def set_codebook(self, dvae: DVAE, seed: int = 0) -> None:
@@ -52,6 +54,12 @@ class CodeTeacher:
         projection = torch.randn(centres.shape[1], weight.shape[0], generator=generator).to(centres)
         vectors = centres @ projection
         weight.copy_((vectors / vectors.std().clamp(min=1e-6)).t()[:, :, None, None])
+
+
+def nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Index of the nearest centre, [n] int64, of points [n, d] among centres [V, d]."""
+    bias = centres.square().sum(dim=1) / 2
+    return torch.cat([(part @ centres.t()).sub_(bias).argmax(dim=1) for part in points.split(_CHUNK)])
 
 
 @torch.no_grad()
@@ -85,8 +93,8 @@ def kmeans(x: torch.Tensor, num_centres: int, num_rounds: int, generator: torch.
         new = (norms - 2 * (x @ centres[k]) + norms[index]).clamp_(min=0)
         distance = new if k == 0 else torch.minimum(distance, new)
     for _ in range(num_rounds):
-        nearest = (x @ centres.t() - centres.square().sum(1) / 2).argmax(1)
-        members = torch.bincount(nearest, minlength=num_centres)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, x)
+        owner = nearest(x, centres)
+        members = torch.bincount(owner, minlength=num_centres)
+        sums = torch.zeros_like(centres).index_add_(0, owner, x)
         centres = torch.where(members[:, None] > 0, sums / members.clamp(min=1)[:, None], centres)
     return centres

@@ -22,22 +22,15 @@ from ..models.store import read_tensors, serialize, write_atomic
 from ..nn import logit_laplace_nll, map_pixels
 from ..optim.dion import Dion
 from ..parallel.world import World
+from .codes import nearest
 from .dalle import DALLERecipe, DALLETrainConfig
 from .dvae import DVAERecipe, DVAETrainConfig
-
-_CHUNK = 8192
 
 
 def patches_of(images: torch.Tensor, side: int) -> torch.Tensor:
     """uint8 [B, 3, H, W] -> float32 [B, H / side, W / side, 3 * side * side] in [0, 1]."""
     x = images.unflatten(2, (-1, side)).unflatten(4, (-1, side))  # [B, 3, h, side, w, side]
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).float() / 255
-
-
-def nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest centre, [n] int64, of points [n, d] among centres [V, d]."""
-    bias = centres.square().sum(dim=1) / 2
-    return torch.cat([(part @ centres.t()).sub_(bias).argmax(dim=1) for part in points.split(_CHUNK)])
 
 
 def fit_codes(dataset: PairDataset, model: DVAEConfig, seed: int, num_patches: int = 150_000, rounds: int = 15):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...files import cache_folder, parse_json
 from ..images import MAX_BYTES
 
 MAX_MEMBER_BYTES = 256 << 20
@@ -86,10 +86,7 @@ PACKAGES = (
 def data_folder() -> Path:
     """Where packages and pictures are kept: $DALLE_FAST_DATA, else a folder of the user's cache."""
     chosen = os.environ.get("DALLE_FAST_DATA")
-    if chosen:
-        return Path(chosen) / "emoji-styles"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "dalle_fast" / "emoji-styles"
+    return (Path(chosen) if chosen else cache_folder()) / "emoji-styles"
 
 
 def fetch(package: Package, folder: Path) -> Path:
@@ -186,8 +183,8 @@ def read_json_members(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
             if member.size > MAX_MEMBER_BYTES:
                 raise DataError(f"{where}: {member.size} bytes, expected at most {MAX_MEMBER_BYTES}")
             try:
-                value = json.loads(archive.extractfile(member).read())
-            except (ValueError, RecursionError) as error:
+                value = parse_json(archive.extractfile(member).read())
+            except ValueError as error:
                 raise DataError(f"{where}: not JSON ({error})") from None
             if not isinstance(value, dict):
                 raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}")

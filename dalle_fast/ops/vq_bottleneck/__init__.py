@@ -84,9 +84,8 @@ def vq_bottleneck(
             return vq_bottleneck_reference(*arguments, **options)
         with torch.autocast(x.device.type, enabled=False):  # it would round the logits
             return vq_bottleneck_reference(x.to(compute), *arguments[1:], **options)
-    return op.vq_bottleneck(x, head_weight, head_bias, codebook, codebook_bias, tau, seed, offset, row_offset, compute)[
-        :2
-    ]
+    weights = (head_weight, head_bias, codebook, codebook_bias)
+    return op.vq_bottleneck(x, *weights, tau, seed, offset, row_offset, compute)[:2]
 
 
 def _check(x, head_weight, head_bias, codebook, codebook_bias) -> tuple[torch.Tensor, torch.Tensor]:
